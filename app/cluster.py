@@ -1,0 +1,52 @@
+"""Work on the Ray cluster whose errors reach the caller as they were raised."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from app.errors import ClusterError, RayloopError, StageFailed
+
+T = TypeVar("T")
+
+
+def submit(work: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, memory_bytes: int = 0) -> Any:
+    """Start a function as a Ray task with the resources it needs; `collect` waits for it.
+
+    Raises:
+        ClusterError: No node of the cluster can ever hold it, so it would wait for ever.
+    """
+    import ray
+
+    needed = {"CPU": cpus, "GPU": gpus, "memory": float(memory_bytes)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+        wanted = ", ".join(f"{amount:,.0f} {name}" for name, amount in needed.items() if amount)
+        raise ClusterError(f"no node of the cluster has {wanted}", "add a larger node, or use a smaller model")
+    # A task that fails by itself would fail again; one whose node is lost is tried elsewhere.
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, memory=memory_bytes, max_retries=2)(work)
+    return task.remote(*arguments)
+
+
+def collect(tasks: Sequence[Any]) -> list[Any]:
+    """The results of tasks, in order.
+
+    After an error the others are left to end with this process: in Ray 2.60 `ray.cancel` of a task that is ending
+    at that moment ends the caller ("Tried to complete task that was not pending").
+
+    Raises:
+        RayloopError: As the task raised it.
+        StageFailed: A task ended in another way, for example killed for its memory.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        results: list[Any] = ray.get(list(tasks))
+    except RayTaskError as error:
+        if isinstance(error.cause, RayloopError):
+            raise error.cause from error
+        raise StageFailed(
+            f"a task failed ({type(error.cause).__name__}: {error.cause})", "see the job's log"
+        ) from error
+    except RayError as error:
+        raise StageFailed(f"a task was lost ({type(error).__name__}: {error})", "submit the job again") from error
+    return results
