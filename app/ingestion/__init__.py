@@ -1,0 +1,1 @@
+"""Sources to a checked, versioned table of conversations."""
