@@ -1,0 +1,1 @@
+"""A table version to a model version, with DeepSpeed under Ray Train."""

@@ -1,0 +1,166 @@
+"""Start Ray Train workers, hear what they say, and turn their failures into sentences."""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from app import model as models
+from app.config import Config, TrainingConfig
+from app.errors import ClusterError, RayloopError, StageFailed
+from app.storage import Storage
+from app.training import data
+from app.training.worker import Board, Event, WorkerSettings, work
+from app.versions import TableVersion
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+POLL_S = 1.0
+
+
+def run_training(
+    config: Config,
+    table: TableVersion,
+    *,
+    storage_path: str,
+    run_name: str,
+    callbacks: Sequence[Any] = (),
+    report: Callable[[Event], None] | None = None,
+) -> "Result":
+    """Train on the cluster, from the newest whole checkpoint under `storage_path`/`run_name` if there is one.
+
+    `report` hears on a thread of this process of every `kind` of event: start {pid, rank, from_step}, step
+    {step, loss, tokens_per_s}, report {the metrics} and, every second, tick; `callbacks` are Ray Train's.
+
+    Raises:
+        ClusterError: The cluster can never hold the workers.
+        StageFailed: Workers failed more often than `training.max_failures`.
+    """
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    # How often Ray Train looks at its workers: reports and failures are seen as late (2 s by default).
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    training = config.training
+    check_cluster(training)
+    packed, _ = data.prepare(config, table)
+    storage = Storage(storage_path)
+    # RunConfig's types are those of Ray Train v1, which has no logging_config (Ray 2.60).
+    settings: dict[str, Any] = {
+        "name": run_name,
+        "storage_path": storage.root_path,
+        "storage_filesystem": storage.filesystem,
+        "failure_config": FailureConfig(max_failures=training.max_failures),
+        "checkpoint_config": CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        "callbacks": list(callbacks),
+        "logging_config": LoggingConfig(log_level="WARNING"),
+    }
+    with _listening(report) as board:
+        # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
+        trainer = TorchTrainer(
+            functools.partial(work, WorkerSettings(config, packed, storage.root_uri, run_name, board)),
+            scaling_config=ScalingConfig(
+                num_workers=training.num_workers,
+                use_gpu=training.use_gpu,
+                resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": 1} if training.use_gpu else {})},
+            ),
+            run_config=RunConfig(**settings),
+            datasets={"train": data.read(packed)},
+            dataset_config=DataConfig(enable_shard_locality=False, execution_options=data.in_order()),
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise _explained(error, training) from error
+
+
+def check_base_model(config: Config) -> None:
+    """Refuse a base model that cannot be loaded, before any worker starts.
+
+    Raises:
+        ModelError: Saying what is wrong with it.
+    """
+    base_model = config.training.base_model
+    if models.is_preset(base_model):
+        models.preset(base_model)
+    else:
+        models.load(data.source(base_model))
+
+
+def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
+    """Refuse to wait for workers that no node will ever have room for; `groups` runs train at a time.
+
+    Raises:
+        ClusterError: Saying what is needed and what there is.
+    """
+    needed = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if training.use_gpu else {})}
+    room = sum(
+        int(min(node["Resources"].get(kind, 0.0) // amount for kind, amount in needed.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    workers = training.num_workers * groups
+    if room < workers:
+        there = ray.cluster_resources()
+        raise ClusterError(
+            f"{workers} workers of {_listed(needed)} each do not fit: the cluster has "
+            f"{_listed({kind: there.get(kind, 0.0) for kind in needed})}, room for {room}",
+            "lower training.num_workers or training.cpus_per_worker, or add nodes",
+        )
+
+
+@contextmanager
+def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
+    """A board whose events reach `report` on a thread of this process, the last ones before the way out."""
+    if report is None:
+        yield None
+        return
+    board: Any = ray.remote(Board).options(num_cpus=0).remote()
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def listen() -> None:
+        try:
+            last = False
+            while not last:
+                last = stop.wait(POLL_S)
+                for event in ray.get(board.drain.remote()):
+                    report(event)
+                report({"kind": "tick"})
+        except Exception as error:  # it belongs to whoever waits for the training
+            failures.append(error)
+
+    thread = threading.Thread(target=listen, name="training-events", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+        ray.kill(board)
+    if failures:
+        raise failures[0]
+
+
+def _explained(error: Any, training: TrainingConfig) -> RayloopError:
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    rank, cause = next(iter(failures.items()))
+    cause = getattr(cause, "_base_exc", cause)
+    if isinstance(cause, RayloopError):
+        return cause
+    return StageFailed(
+        f"training ended with a failure of worker {rank} after {training.max_failures} restarts "
+        f"({type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''})",
+        "see the worker's log on the dashboard's Train page; a job submitted again goes on from the last checkpoint",
+    )
+
+
+def _listed(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())

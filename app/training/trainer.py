@@ -1,0 +1,215 @@
+"""Training as a whole: blocks, Ray Train workers, checkpoints, and in the end a registered model version.
+
+    ray job submit --working-dir . -- python -m jobs.train --config jobs/configs/demo.yaml
+
+A run's name follows from the table version, the `training` section and the code, and its checkpoints lie under
+`checkpoints/<name>`: a job that is submitted again after any kind of end goes on from the newest of them.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app import lineage, tables
+from app.config import Config
+from app.errors import StageFailed
+from app.job import job_id
+from app.lineage import Lineage
+from app.registry import Registry
+from app.storage import Storage
+from app.telemetry import Progress, progress
+from app.training import checkpoint, data
+from app.training.launch import check_base_model, check_cluster, run_training
+from app.training.worker import Event
+from app.versions import ModelVersion, TableVersion, code_version, digest
+
+__all__ = ["Trained", "run_name", "run_training", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave."""
+
+    version: ModelVersion
+    figures: dict[str, Any]
+
+
+def train(config: Config, table: TableVersion) -> Trained:
+    """Train on a table version and register the model, going on from an earlier attempt's checkpoints.
+
+    Raises:
+        ModelError: The base model cannot be loaded.
+        ClusterError: The cluster cannot hold the workers.
+        StageFailed: The table is too small, or workers failed too often.
+    """
+    check_base_model(config)
+    check_cluster(config.training)
+    storage = Storage(config.storage.uri)
+    name = run_name(config, table)
+    with _recorded(config, table, name) as record:
+        if _finished(storage, name, config) is None:
+            run_training(config, table, storage_path=storage.uri("checkpoints"), run_name=name, report=record.hear)
+        uri = _finished(storage, name, config)
+        if uri is None:
+            raise StageFailed(
+                f"the last checkpoint of run {name} under {storage.uri('checkpoints', name)} is damaged",
+                "submit the job again: it goes on from the checkpoint before",
+            )
+        version, figures = _publish(config, table, uri, record)
+        return Trained(version, {**figures, "starts": record.starts})
+
+
+def run_name(config: Config, table: TableVersion) -> str:
+    """Names a run and its checkpoints: the same for the same table version, training section and code."""
+    parts = [data.data_digest(config, table), config.training.model_dump(mode="json"), code_version("training")]
+    return f"{config.registry.model}-{digest(parts)[:16]}"
+
+
+class _Record:
+    """A run as MLflow and the job's log show it."""
+
+    def __init__(self, config: Config, table: TableVersion, name: str, bar: Progress) -> None:
+        self.registry = Registry(config)
+        self.starts = 0
+        self._bar = bar
+        # MLflow takes seconds to import and to open its store: meanwhile the blocks are made.
+        self._opening = ThreadPoolExecutor(1).submit(self._open, config, table, name)
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run; the first call waits until it is there."""
+        return self._opening.result()
+
+    def hear(self, event: Event) -> None:
+        """Show one of the workers' events."""
+        values = {key: value for key, value in event.items() if key not in ("kind", "step")}
+        if event["kind"] == "step":
+            self._bar.update(event["step"], f"loss {event['loss']:.3f}, {event['tokens_per_s']:,.0f} tokens/s")
+            if event["step"] % 10 == 0:
+                self.registry.log_metrics(self.run_id, values, event["step"])
+        elif event["kind"] == "report":
+            self.registry.log_metrics(self.run_id, values, event["step"])
+            logger.info("step %d", event["step"], extra={"fields": values})
+        elif event["kind"] == "start" and event["rank"] == 0:
+            self.starts += 1
+            if event["from_step"]:
+                print(f"train: goes on from the checkpoint of step {event['from_step']}", flush=True)
+        else:
+            self._bar.update(self._bar.done, self._bar.note or "(workers are starting)")
+
+    def _open(self, config: Config, table: TableVersion, name: str) -> str:
+        found = self.registry.unfinished_run(name)
+        if found is not None:
+            return found
+        tags = {"rayloop.run": name, "rayloop.table": table.table, "rayloop.snapshot_id": str(table.snapshot_id)}
+        params = {f"training.{key}": value for key, value in config.training.model_dump(mode="json").items()}
+        return self.registry.start_run("train", {"table": str(table), **params}, {**tags, "rayloop.job": job_id()})
+
+
+@contextmanager
+def _recorded(config: Config, table: TableVersion, name: str) -> Iterator[_Record]:
+    """A record whose MLflow run is closed as what became of it."""
+    with progress("train", config.training.max_steps, "steps") as bar:
+        record = _Record(config, table, name, bar)
+        status = "KILLED"
+        try:
+            yield record
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            record.registry.end_run(record.run_id, status)
+
+
+def _finished(storage: Storage, name: str, config: Config) -> str | None:
+    """The URI of the checkpoint of the last step, None while there is none."""
+    uri = checkpoint.newest_whole(storage, f"checkpoints/{name}")
+    with checkpoint.fetched(uri) as folder:
+        if folder is None or checkpoint.state(folder)["position"]["step"] < config.training.max_steps:
+            return None
+    return uri
+
+
+def _publish(
+    config: Config, table: TableVersion, checkpoint_uri: str, record: _Record
+) -> tuple[ModelVersion, dict[str, Any]]:
+    """Complete the model folder, prove that it loads, upload and register it."""
+    storage = Storage(config.storage.uri)
+    place = ("models", config.registry.model, record.run_id)
+    made = _lineage(config, table, record.run_id)
+    with checkpoint.fetched(checkpoint_uri) as folder, tempfile.TemporaryDirectory() as aside:
+        assert folder is not None
+        metrics = checkpoint.state(folder)["metrics"]
+        model_folder = Path(aside) / "model"
+        shutil.copytree(folder / "model", model_folder)
+        figures = _figures(metrics, record.run_id) | _fit_intent(config, table, model_folder)
+        lineage.write(model_folder, made)
+        _load_test(model_folder)
+        uri = storage.upload(model_folder, *place)
+    tags = {
+        "rayloop.stage": "train",
+        "rayloop.table": table.table,
+        "rayloop.snapshot_id": str(table.snapshot_id),
+        "rayloop.validation_loss": f"{metrics['validation_loss']:.6f}",
+    }
+    version = record.registry.register(record.run_id, uri, tags)
+    known = json.dumps(asdict(replace(made, version=version.version)), indent=2)
+    storage.write(known.encode(), *place, lineage.FILE)
+    return version, figures
+
+
+def _figures(metrics: dict[str, float], run_id: str) -> dict[str, Any]:
+    names = ("validation_loss", "perplexity", "training_loss", "tokens_per_s", "tokens")
+    return {**{name: metrics[name] for name in names}, "steps": metrics["step"], "run_id": run_id}
+
+
+def _fit_intent(config: Config, table: TableVersion, model_folder: Path) -> dict[str, Any]:
+    from app.intent import fit_on_table
+
+    intent_model, figures = fit_on_table(config, table)
+    if intent_model is not None:  # nothing in the table is labelled
+        intent_model.save(model_folder / "intent")
+    return {f"intent_{name.removeprefix('intent_')}": value for name, value in figures.items()}
+
+
+def _load_test(model_folder: Path) -> None:
+    """Load the folder as serving will, and compute one token with it."""
+    import torch
+
+    from app import model as models
+
+    model, tokenizer = models.load(model_folder)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[data.pad_id(tokenizer)]])).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise StageFailed(
+            "the trained model's output is not finite", "lower training.learning_rate, or use training.precision=fp32"
+        )
+
+
+def _lineage(config: Config, table: TableVersion, run_id: str) -> Lineage:
+    sources = json.loads(tables.summary(config, table).get("rayloop.sources", "[]"))
+    return Lineage(
+        model=config.registry.model,
+        version=None,
+        run_id=run_id,
+        stage="train",
+        table=table.table,
+        snapshot_id=table.snapshot_id,
+        sources=sources,
+        config_digest=config.digest(),
+        code_version=code_version("training"),
+        job_id=job_id(),
+        parent=None,
+        created_at=lineage.now(),
+    )

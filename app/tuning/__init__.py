@@ -1,0 +1,1 @@
+"""Search over configuration keys with Ray Tune."""
