@@ -1,0 +1,1 @@
+"""Traffic and feedback to figures, reports and metrics."""

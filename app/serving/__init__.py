@@ -1,0 +1,1 @@
+"""A model version behind an OpenAI-compatible API on Ray Serve."""

@@ -1,0 +1,194 @@
+"""The input handling deployment, the application's ingress: validation, intent, and OpenAI's HTTP interface.
+
+    POST /v1/chat/completions   GET /v1/models   GET /v1/models/{id}
+    POST /v1/feedback           GET /v1/why/{response_id}
+    GET /health (this replica lives)   GET /ready (every variant's model is loaded)   GET / (the chat page)
+
+An answer's way: this deployment checks the question and finds its intent, a language model writes the reply, and
+response management settles and logs it; only then does the client read the end of it.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from app.config import ServingConfig
+from app.errors import RequestError
+from app.serving.access import Access
+from app.serving.answer import Answer, Answering
+from app.serving.gate import Gate, error_response
+from app.serving.models import Models
+from app.serving.requests import parse_chat, parse_feedback
+from app.serving.schema import Refused
+from app.storage import Storage
+from app.telemetry import set_up_logging
+from app.traffic import new_response_id, now
+
+CALL_TIMEOUT_S = 60.0
+"""How long a client waits for another deployment, say while a killed replica is replaced, before it reads 503."""
+READY_TIMEOUT_S = 3.0
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page/page.css": ("page.css", "text/css"),
+    "/page/page.js": ("page.js", "text/javascript"),
+}
+
+
+@serve.ingress()
+class InputHandling:
+    """Speaks HTTP for the application."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        language_models: Mapping[str, "DeploymentHandle[Any]"],
+        response: "DeploymentHandle[Any]",
+    ) -> None:
+        set_up_logging(deployment="input")
+        self._config = config
+        self._access = Access(Storage(config.storage_uri))
+        self._models = Models(config.variants)
+        self._language_models, self._response = language_models, response
+        self._answering = Answering(response)
+        page = resources.files("app.serving") / "page"
+        self._page = {path: (page / name).read_bytes() for path, (name, _) in PAGE.items()}
+
+    def __serve_build_asgi_app__(self) -> Gate:
+        """Called by Serve once the replica is made."""
+        routes = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+        for path in PAGE:
+            routes.add_api_route(path, self.page, methods=["GET"], response_model=None)
+        routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        routes.add_api_route("/ready", self.ready, methods=["GET"], response_model=None)
+        routes.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
+        routes.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"], response_model=None)
+        routes.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        routes.add_api_route("/v1/feedback", self.feedback, methods=["POST"], response_model=None)
+        routes.add_api_route("/v1/why/{response_id}", self.why, methods=["GET"], response_model=None)
+        routes.add_exception_handler(RequestError, _refuse)
+        routes.add_exception_handler(HTTPException, _refuse_http)
+        for unavailable in (RayError, RayServeException, TimeoutError):
+            routes.add_exception_handler(unavailable, _unavailable)
+        return Gate(routes, self._access, self._config.max_body_bytes)
+
+    async def page(self, request: Request) -> Response:
+        """The chat page and its parts."""
+        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+        path = request.url.path
+        return Response(self._page[path], media_type=PAGE[path][1], headers=headers)
+
+    async def health(self) -> Response:
+        """200 while this replica lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """200 once a replica of every variant says that its model is loaded, 503 before."""
+        calls = [handle.ready.remote() for handle in self._language_models.values()]
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                models = [await call for call in calls]
+        except (TimeoutError, RayError, RayServeException):
+            return error_response(503, "a language model is still loading", "not_ready")
+        return JSONResponse(
+            {
+                "status": "ready",
+                "variants": {model.variant: model.model_version for model in models},
+                "slots_in_use": {model.variant: model.slots_in_use for model in models},
+            }
+        )
+
+    async def models(self) -> Response:
+        """Every name the `model` field takes."""
+        return JSONResponse({"object": "list", "data": self._models.cards()})
+
+    async def model(self, name: str) -> Response:
+        """One of them."""
+        return JSONResponse(self._models.card(name))
+
+    async def chat(self, request: Request) -> Response:
+        """An answer, whole or streamed."""
+        begun_s, received_at, response_id = time.monotonic(), now(), new_response_id()
+        chat = parse_chat(await self._body(request), self._config)
+        user_hash = self._access.pseudonym(chat.user) if chat.user else None
+        variant = self._models.resolve(chat.model, user_hash or response_id)
+        answer = Answer(
+            response_id=response_id,
+            received_at=received_at,
+            begun_s=begun_s,
+            request=chat,
+            variant=variant,
+            intent=self._models.intent(variant, chat.messages),
+            user_hash=user_hash,
+        )
+        return await self._answering.answer(answer, self._language_models[variant.name])
+
+    async def feedback(self, request: Request) -> Response:
+        """Take a judgement of an answer; acknowledged when it is on disk."""
+        given = parse_feedback(await self._body(request))
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            logged = await self._response.feedback.remote(given)
+        _raise_refused(logged)
+        return JSONResponse(
+            {"object": "feedback", "response_id": logged.response_id, "received_at": logged.received_at}
+        )
+
+    async def why(self, response_id: str) -> Response:
+        """The chain behind an answer."""
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            chain = await self._response.why.remote(response_id)
+        _raise_refused(chain)
+        return JSONResponse(chain)
+
+    async def _body(self, request: Request) -> bytes:
+        limit, body = self._config.max_body_bytes, bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise RequestError(413, f"the body is larger than {limit} bytes", "body_too_large")
+        except ClientDisconnect:
+            raise RequestError(400, "the connection closed before the body was complete", "incomplete_body") from None
+        return bytes(body)
+
+
+def _raise_refused(result: Any) -> None:
+    if isinstance(result, Refused):
+        raise RequestError(result.status, result.what, result.code, result.param)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error.status, str(error), error.code, error.param)
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    if error.status_code == 405:
+        response = error_response(405, f"{path} does not take {method}", "method_not_allowed")
+        response.headers.update(error.headers or {})
+        return response
+    what = f"there is no {path} here" if error.status_code == 404 else str(error.detail)
+    return error_response(error.status_code, what, "not_found" if error.status_code == 404 else None)
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+    if isinstance(error, BackPressureError):
+        return error_response(429, "too many requests are waiting; try again shortly", "overloaded")
+    return error_response(503, "a part of the service is being restarted; try again shortly", "service_unavailable")

@@ -1,0 +1,90 @@
+"""The variants that are served: the names they answer to, who gets which, and their intent models."""
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+from app import lineage
+from app.config import VariantConfig
+from app.conversation import Message, normalised
+from app.errors import ModelError, RequestError, StorageError
+from app.intent import IntentModel
+from app.serving.openai_format import model_card
+from app.serving.schema import Intent
+from app.storage import local_folder
+
+logger = logging.getLogger(__name__)
+
+
+class Models:
+    """What `model` may say: a registered model (`support`), one version of it (`support/3`) or a variant's name."""
+
+    def __init__(self, variants: Sequence[VariantConfig]) -> None:
+        self._variants = tuple(variants)
+        self._created = {variant.name: _created(variant) for variant in variants}
+        self._intents = {variant.name: _intent_model(variant) for variant in variants}
+        self._names: dict[str, list[VariantConfig]] = {}
+        for variant in variants:
+            for name in dict.fromkeys((variant.model, f"{variant.model}/{variant.version}", variant.name)):
+                self._names.setdefault(name, []).append(variant)
+
+    def resolve(self, name: str, who: str) -> VariantConfig:
+        """The variant that answers under a name. Of several, `who` always gets the same, by their weights.
+
+        Raises:
+            RequestError: 404, nothing answers to that name.
+        """
+        candidates = self._named(name)
+        place = int.from_bytes(sha256(who.encode()).digest()[:8]) / 2**64 * sum(each.weight for each in candidates)
+        for variant in candidates:
+            place -= variant.weight
+            if place < 0:
+                return variant
+        return candidates[-1]
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models, registered models first."""
+        names = sorted(self._names, key=lambda name: name not in {variant.model for variant in self._variants})
+        return [self.card(name) for name in names]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """One entry of /v1/models.
+
+        Raises:
+            RequestError: 404.
+        """
+        variant = self._named(name)[0]
+        return model_card(name, self._created[variant.name], variant.name, f"{variant.model}/{variant.version}")
+
+    def intent(self, variant: VariantConfig, messages: Sequence[Message]) -> Intent | None:
+        """What the last message is about, if the variant has a model that says so."""
+        model = self._intents[variant.name]
+        if model is None:
+            return None
+        label, confidence = model.predict([normalised(messages[-1]["content"])])[0]
+        return Intent(str(label), float(confidence))
+
+    def _named(self, name: str) -> list[VariantConfig]:
+        if name not in self._names:
+            known = ", ".join(self._names)
+            raise RequestError(404, f"there is no model {name!r} here; there are {known}", "model_not_found", "model")
+        return self._names[name]
+
+
+def _intent_model(variant: VariantConfig) -> IntentModel | None:
+    with local_folder(variant.uri) as folder:
+        if (folder / "intent").is_dir():
+            return IntentModel.load(folder / "intent")
+    logger.warning("variant %s has no intent model: hand-over by intent is off for it", variant.name)
+    return None
+
+
+def _created(variant: VariantConfig) -> int:
+    """When the model was made; without lineage, when it was first served."""
+    try:
+        return int(datetime.fromisoformat(lineage.read(variant.uri).created_at).timestamp())
+    except (ModelError, StorageError):
+        return int(time.time())

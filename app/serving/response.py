@@ -1,0 +1,107 @@
+"""The response management deployment: hand-over to a person when unsure, and the durable log."""
+
+import asyncio
+import logging
+from typing import Any
+
+from app import traffic
+from app.config import HandoverConfig, ServingConfig
+from app.errors import StorageError
+from app.serving.schema import Conclusion, Draft, FeedbackRequest, Refused
+from app.storage import Storage
+from app.telemetry import FEEDBACK, HANDOVERS, counter, set_up_logging
+from app.traffic import Exchange, Feedback
+from app.why import why
+
+logger = logging.getLogger(__name__)
+
+
+class ResponseManagement:
+    """Decides what the customer finally reads, and logs it before it is acknowledged."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        set_up_logging(deployment="response")
+        self._handover = config.handover
+        self._storage = Storage(config.storage_uri)
+        self._log = traffic.TrafficLog(self._storage, traffic.new_writer("response"))
+        self._handovers, self._feedback = counter(HANDOVERS), counter(FEEDBACK)
+
+    async def conclude(self, draft: Draft) -> Conclusion | Refused:
+        """Settle an answer. It is on disk when this returns a Conclusion."""
+        conclusion = concluded(draft, self._handover)
+        try:
+            await asyncio.to_thread(self._log.append, _exchange(draft, conclusion))
+        except StorageError as error:
+            return _unlogged(error)
+        if conclusion.handover:
+            self._handovers.inc(tags={"reason": conclusion.handover})
+        return conclusion
+
+    async def feedback(self, request: FeedbackRequest) -> Feedback | Refused:
+        """Log a judgement of an answer that was given. It is on disk when this returns a Feedback."""
+        try:
+            exchange, _ = await asyncio.to_thread(traffic.find, self._storage, request.response_id)
+            if exchange is None:
+                return _unknown(request.response_id, "response_id")
+            feedback = Feedback(request.response_id, traffic.now(), request.rating, request.intent, request.comment)
+            await asyncio.to_thread(self._log.append, feedback)
+        except StorageError as error:
+            return _unlogged(error)
+        self._feedback.inc(tags={"variant": exchange.variant, "rating": str(request.rating)})
+        return feedback
+
+    async def why(self, response_id: str) -> dict[str, Any] | Refused:
+        """The chain behind an answer, see app/why.py."""
+        try:
+            return await asyncio.to_thread(why, self._storage, response_id)
+        except StorageError:
+            return _unknown(response_id, None)
+
+
+def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
+    """Whether a person takes over and why, and what the customer then reads after the reply.
+
+    The reasons, first match: `intent`, the customer asked for what only people do; `low_intent_confidence`, the
+    question is unclear; `low_reply_confidence`, the model is unsure of its words, and the customer is told.
+    """
+    if draft.intent and draft.intent.label in settings.intents:
+        return Conclusion("", "intent")
+    if draft.intent and draft.intent.confidence < settings.min_intent_confidence:
+        return Conclusion("", "low_intent_confidence")
+    if draft.status == "ok" and draft.confidence is not None and draft.confidence < settings.min_reply_confidence:
+        return Conclusion(f"\n\n{settings.message}" if draft.reply else settings.message, "low_reply_confidence")
+    return Conclusion("", None)
+
+
+def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
+    return Exchange(
+        response_id=draft.response_id,
+        received_at=draft.received_at,
+        variant=draft.variant,
+        model_version=draft.model_version,
+        messages=list(draft.messages),
+        reply=draft.reply + conclusion.added,
+        intent=draft.intent.label if draft.intent else None,
+        intent_confidence=draft.intent.confidence if draft.intent else None,
+        handover=conclusion.handover,
+        finish_reason=draft.finish_reason,
+        prompt_tokens=draft.prompt_tokens,
+        completion_tokens=draft.completion_tokens,
+        time_to_first_token_s=draft.time_to_first_token_s,
+        end_to_end_s=draft.end_to_end_s,
+        stream=draft.stream,
+        user_hash=draft.user_hash,
+        status=draft.status,
+        model_uri=draft.model_uri,
+        reply_confidence=draft.confidence,
+        metadata=draft.metadata,
+    )
+
+
+def _unknown(response_id: str, param: str | None) -> Refused:
+    return Refused(404, f"there is no response {response_id!r}", "response_not_found", param)
+
+
+def _unlogged(error: StorageError) -> Refused:
+    logger.error("traffic is not being logged: %s", error)
+    return Refused(503, "the service cannot log traffic at the moment, so it does not answer", "log_unavailable")
