@@ -1,0 +1,1 @@
+"""The verbs of Rayloop: one stage each, submitted with `ray job submit`."""

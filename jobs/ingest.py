@@ -1,0 +1,55 @@
+"""Sources to a table version: read, check, de-duplicate, split, and append in one commit.
+
+python -m jobs.ingest --config jobs/configs/demo.yaml [--set ingestion.sample.conversations=1000] [--dry-run]
+"""
+
+import sys
+from typing import Any
+
+from app import tables
+from app.config import Config
+from app.errors import TableError
+from app.job import Job, Outcome
+from app.versions import TableVersion, as_json
+
+
+def run(config: Config, inputs: dict[str, Any]) -> Outcome:
+    """Ingest everything that is not in the table yet."""
+    from app.ingestion.pipeline import ingest
+
+    ingested = ingest(config)
+    status = "done" if ingested.added else "up_to_date"
+    return Outcome({"table": as_json(ingested.version)}, ingested.figures, status)
+
+
+def inputs(config: Config) -> dict[str, Any]:
+    """The state of every source."""
+    from app.ingestion.sources import state
+
+    return {"sources": state(config)}
+
+
+def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which files are read, and what the tables hold now."""
+    names = (config.ingestion.table, config.ingestion.quarantine_table)
+    return {"read": inputs["sources"], "append_to": [_now(config, name) for name in names]}
+
+
+def still_there(config: Config, outputs: dict[str, Any]) -> bool:
+    """Whether the snapshot can still be read."""
+    return tables.exists(config, TableVersion(**outputs["table"]))
+
+
+def _now(config: Config, name: str) -> dict[str, Any]:
+    try:
+        snapshot = tables.open_table(config.storage, name).current_snapshot()
+    except TableError:
+        snapshot = None
+    rows = int((snapshot.summary and snapshot.summary["total-records"]) or 0) if snapshot else 0
+    return {"table": name, "snapshot_id": snapshot.snapshot_id if snapshot else None, "rows": rows}
+
+
+JOB = Job("ingest", run, inputs, plan, sections=("ingestion",), packages=("ingestion",), still_there=still_there)
+
+if __name__ == "__main__":
+    sys.exit(JOB.main())

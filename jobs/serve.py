@@ -1,0 +1,131 @@
+"""Serve the champion: an OpenAI-compatible chatbot with a page to talk to it.
+
+python -m jobs.serve --config jobs/configs/demo.yaml
+"""
+
+import sys
+from typing import Any
+
+from app.config import Config, ServingConfig, VariantConfig
+from app.errors import RayloopError, RegistryError
+from app.job import Job, Outcome
+from app.storage import Storage, resolve
+from app.versions import ModelVersion, as_json, digest
+
+
+def inputs(config: Config) -> dict[str, Any]:
+    """The variants the configuration names, else the version of `inputs.model_version`, else the champion."""
+    if config.serving.variants:
+        return {"variants": [variant.model_dump(mode="json") for variant in config.serving.variants]}
+    from app.registry import Registry
+
+    registry = Registry(config)
+    champion = registry.alias("champion")
+    chosen = registry.version(config.inputs.model_version) if config.inputs.model_version else champion
+    if chosen is None:
+        raise RegistryError(
+            f"model {config.registry.model} has no champion", "run jobs.evaluate first, or name inputs.model_version"
+        )
+    return {"model": as_json(chosen), "champion": chosen == champion}
+
+
+def serving(config: Config, inputs: dict[str, Any]) -> ServingConfig:
+    """The serving section with its blanks filled in: where traffic goes, and the variant if none is named."""
+    variants = config.serving.variants or (_variant(ModelVersion(**inputs["model"]), inputs["champion"]),)
+    return config.serving.model_copy(
+        update={
+            "variants": tuple(variant.model_copy(update={"uri": resolve(variant.uri)}) for variant in variants),
+            "storage_uri": resolve(config.serving.storage_uri or config.storage.uri),
+        }
+    )
+
+
+def _variant(version: ModelVersion, champion: bool) -> VariantConfig:
+    name = "champion" if champion else f"version-{version.version}"
+    return VariantConfig(name=name, model=version.model, version=version.version, uri=version.uri)
+
+
+def application(config: Config, inputs: dict[str, Any], code_uri: str) -> dict[str, Any]:
+    """The application as Serve's configuration has it."""
+    return {
+        "name": config.serving.application,
+        "route_prefix": "/",
+        "import_path": "app.serving.application:build_app",
+        "runtime_env": {"working_dir": code_uri},
+        "args": serving(config, inputs).model_dump(mode="json"),
+    }
+
+
+def run(config: Config, inputs: dict[str, Any]) -> Outcome:
+    """Check the models, see to a key, deploy, and wait until the application answers."""
+    from app.deployment import deploy, package_code, replicas
+    from app.model import check_folder
+    from app.serving.access import ensure_key
+    from app.storage import local_folder
+
+    settings = serving(config, inputs)
+    for variant in settings.variants:
+        with local_folder(variant.uri) as folder:
+            check_folder(folder)
+    if key := ensure_key(Storage(settings.storage_uri)):
+        print(f"An API key was made. It is shown this once and kept only as a hash:\n\n    {key}\n", flush=True)
+    wanted = application(config, inputs, package_code(Storage(config.storage.uri)))
+    address = {"host": settings.host, "port": settings.port}
+    seconds = deploy(wanted, address, settings.deploy_timeout_s)
+    url = f"http://{settings.host}:{settings.port}"
+    print(f"The chatbot answers at {url}/v1, and its page is {url}", flush=True)
+    return Outcome(
+        outputs={
+            "url": url,
+            "variants": [variant.model_dump(mode="json") for variant in settings.variants],
+            "deployed": _fingerprint(wanted),
+        },
+        figures={"replicas": len(replicas(settings.application)), "seconds_to_ready": round(seconds, 2)},
+    )
+
+
+def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The models and their sizes, and what would be deployed where."""
+    from app.model import weights_bytes
+    from app.storage import local_folder
+
+    settings = serving(config, inputs)
+    reads = {}
+    for variant in settings.variants:
+        with local_folder(variant.uri) as folder:
+            reads[variant.uri] = {"weights_bytes": weights_bytes(folder)}
+    storage = Storage(config.storage.uri)
+    return {
+        "reads": reads,
+        "writes": {"code": storage.uri("code"), "keys and traffic": settings.storage_uri},
+        "deploys": application(config, inputs, storage.uri("code", "<digest>.zip")),
+    }
+
+
+def still_there(config: Config, outputs: dict[str, Any]) -> bool:
+    """Whether the application runs exactly as it was deployed."""
+    from app.deployment import deployed
+
+    try:
+        running = deployed(config.serving.application)
+    except RayloopError:
+        return False
+    return running is not None and _fingerprint(running) == outputs["deployed"]
+
+
+def _fingerprint(application: dict[str, Any]) -> str:
+    return digest([application[part] for part in ("import_path", "runtime_env", "args")])
+
+
+JOB = Job(
+    stage="serve",
+    run=run,
+    inputs=inputs,
+    plan=plan,
+    sections=("storage", "registry", "serving"),
+    packages=("serving",),
+    still_there=still_there,
+)
+
+if __name__ == "__main__":
+    sys.exit(JOB.main())

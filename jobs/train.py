@@ -1,0 +1,53 @@
+"""Table version to model version: tokenizer, packing, DeepSpeed on Ray Train, checkpoints, registration.
+
+python -m jobs.train --config jobs/configs/demo.yaml [--set training.max_steps=50] [--dry-run]
+"""
+
+import sys
+from typing import Any
+
+from app import tables
+from app.config import Config
+from app.job import Job, Outcome
+from app.versions import ModelVersion, TableVersion, as_json
+
+
+def run(config: Config, inputs: dict[str, Any]) -> Outcome:
+    """Train, going on from the checkpoints of an earlier attempt."""
+    from app.training.trainer import train
+
+    trained = train(config, TableVersion(**inputs["table"]))
+    return Outcome({"model": as_json(trained.version)}, trained.figures)
+
+
+def inputs(config: Config) -> dict[str, Any]:
+    """The table version to train on."""
+    return {"table": as_json(tables.version(config))}
+
+
+def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What would be read, computed and written."""
+    from app.training.planning import plan
+
+    return plan(config, TableVersion(**inputs["table"]))
+
+
+def still_there(config: Config, outputs: dict[str, Any]) -> bool:
+    """Whether the model version is registered and its folder is there."""
+    from app.registry import Registry
+
+    return Registry(config).exists(ModelVersion(**outputs["model"]))
+
+
+JOB = Job(
+    stage="train",
+    run=run,
+    inputs=inputs,
+    plan=plan,
+    sections=("training", "registry"),
+    packages=("training",),
+    still_there=still_there,
+)
+
+if __name__ == "__main__":
+    sys.exit(JOB.main())

@@ -1,0 +1,45 @@
+"""Search for better training settings: a few short trials, the winner's settings are what jobs.train then uses.
+
+python -m jobs.tune --config jobs/configs/demo.yaml [--set tuning.trials=8] [--dry-run]
+"""
+
+import sys
+from typing import Any
+
+from app import tables
+from app.config import Config
+from app.job import Job, Outcome
+from app.versions import TableVersion, as_json
+
+
+def run(config: Config, inputs: dict[str, Any]) -> Outcome:
+    """Search, going on with an earlier attempt's trials."""
+    from app.tuning.search import tune
+
+    tuned = tune(config, TableVersion(**inputs["table"]))
+    return Outcome({"overrides": tuned.overrides}, tuned.figures)
+
+
+def inputs(config: Config) -> dict[str, Any]:
+    """The table version that trials train on."""
+    return {"table": as_json(tables.version(config))}
+
+
+def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The space, the most that trials can cost, and where the search is kept."""
+    from app.tuning.planning import plan
+
+    return plan(config, TableVersion(**inputs["table"]))
+
+
+JOB = Job(
+    stage="tune",
+    run=run,
+    inputs=inputs,
+    plan=plan,
+    sections=("tuning", "training", "registry"),
+    packages=("training", "tuning"),
+)
+
+if __name__ == "__main__":
+    sys.exit(JOB.main())
