@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# The local Ray head: start | stop | status | env.
+#
+# It listens on 127.0.0.1 only, wants a token, has its own ports and temporary folder, and leaves any other
+# Ray on the machine alone. What it needs to be found again stands in $RAYLOOP_STATE (default .rayloop):
+# the addresses in cluster.env, the secrets in token and api_key (readable by you alone).
+set -euo pipefail
+
+home=$(cd "$(dirname "$0")/.." && pwd)
+state=${RAYLOOP_STATE:-$home/.rayloop}
+venv=${RAYLOOP_VENV:-$home/.venv}
+# Sockets live here and their paths must stay under 107 characters, so it is not inside the project.
+temp=/tmp/rayloop-$(printf '%s' "$state" | cksum | cut -d' ' -f1)
+
+free_port() { # free_port WANTED: it, or the next port that nobody listens on
+    "$venv/bin/python" - "$1" "${taken:-}" <<'PY'
+import socket, sys
+port, taken = int(sys.argv[1]), sys.argv[2].split()
+while True:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if str(port) not in taken:
+                probe.bind(("127.0.0.1", port))
+                break
+        except OSError:
+            pass
+    port += 1
+print(port)
+PY
+}
+
+secret() { # secret FILE PREFIX: make it once, readable by its owner only
+    [ -s "$1" ] || (umask 077 && printf '%s%s' "$2" "$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" >"$1")
+}
+
+ours() { # process ids of everything the head started: they all carry our mark in their environment
+    { grep -lzx "RAYLOOP_CLUSTER=$temp" /proc/[0-9]*/environ 2>/dev/null || true; } |
+        sed 's|/proc/||; s|/environ||' | { grep -vx "$$" || true; }
+}
+
+running() { [ -s "$state/cluster.env" ] && [ -n "$(ours)" ]; }
+
+start() {
+    mkdir -p "$state"
+    state=$(cd "$state" && pwd)
+    if running; then
+        echo "the local Ray head is running: $(sed -n 's/^export RAY_DASHBOARD=//p' "$state/cluster.env")"
+        return
+    fi
+    secret "$state/token" ""
+    secret "$state/api_key" "sk-rayloop-"
+    local port taken="" cpus
+    for name in gcs:6479 dashboard:8265 agent:52465 metrics:8365 client:10101 http:8000; do
+        port=$(free_port "${name#*:}")
+        taken="$taken $port"
+        declare "${name%:*}_port=$port"
+    done
+    # Serve reserves logical CPUs for each replica: two cores need room for them beside training.
+    cpus=$(nproc)
+    [ "$cpus" -ge 6 ] || cpus=6
+    export RAYLOOP_CLUSTER=$temp RAYLOOP_HOME=${RAYLOOP_HOME:-$home}
+    export RAYLOOP_API_KEY=${RAYLOOP_API_KEY:-$(cat "$state/api_key")}
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # the loopback address stays what it is: nothing listens beyond it
+    export RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_STATE_TRACKING=1
+    # Nobody takes this machine away at short notice, and each watcher is a process.
+    export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
+    export TORCH_EXTENSIONS_DIR=$venv/torch_extensions MPLCONFIGDIR=$state/matplotlib
+    export PYTHONPATH=${PYTHONPATH:-} HF_HOME=${HF_HOME:-$state/huggingface} PATH=$venv/bin:$PATH
+    # shellcheck disable=SC2154
+    # A session of its own: Ctrl-C on what follows the head must not end it.
+    # Serve's replicas look for modules where the head was started before they look into their own code package:
+    # started from here, a replica would run whatever the working tree holds.
+    setsid --wait env --chdir=/ "$venv/bin/ray" start --head --temp-dir "$temp" --node-ip-address 127.0.0.1 --port "$gcs_port" \
+        --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" \
+        --dashboard-agent-listen-port "$agent_port" --metrics-export-port "$metrics_port" \
+        --ray-client-server-port "$client_port" --min-worker-port 0 --max-worker-port 0 --num-cpus "$cpus" \
+        --object-store-memory "${RAYLOOP_OBJECT_STORE_BYTES:-1000000000}" \
+        --disable-usage-stats >"$state/head.log" 2>&1 || {
+        cat "$state/head.log" >&2
+        echo "the local Ray head did not start: its logs are in $temp" >&2
+        exit 1
+    }
+    ln -sfn "$temp/prom_metrics_service_discovery.json" "$state/prometheus_targets.json" # for cluster/monitoring/
+    cat >"$state/cluster.env" <<ENV
+export RAY_ADDRESS=127.0.0.1:$gcs_port
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard_port
+export RAY_DASHBOARD=http://127.0.0.1:$dashboard_port
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH=$state/token
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+export RAYLOOP_HOME=${RAYLOOP_HOME:-$home}
+export RAYLOOP_METRICS=http://127.0.0.1:$metrics_port/metrics
+export RAYLOOP_HTTP_PORT=$http_port
+export RAYLOOP_API_KEY_FILE=$state/api_key
+ENV
+    echo "started a local Ray head: dashboard http://127.0.0.1:$dashboard_port, logs in $temp"
+}
+
+stop() {
+    local pids tries
+    pids=$(ours)
+    if [ -n "$pids" ]; then
+        # shellcheck disable=SC2086
+        kill -TERM $pids 2>/dev/null || true
+        for tries in $(seq 40); do
+            pids=$(ours)
+            [ -n "$pids" ] || break
+            # shellcheck disable=SC2086
+            [ "$tries" -lt 20 ] || kill -KILL $pids 2>/dev/null || true
+            sleep 0.5
+        done
+        echo "stopped the local Ray head"
+    else
+        echo "no local Ray head is running"
+    fi
+    rm -f "$state/cluster.env" "$state/prometheus_targets.json"
+    rm -rf "$temp"
+}
+
+case ${1:-} in
+start) start ;;
+stop) stop ;;
+status) if running; then cat "$state/cluster.env"; else echo "no local Ray head is running"; exit 1; fi ;;
+*) echo "usage: cluster/local.sh start|stop|status" >&2; exit 2 ;;
+esac
