@@ -1,0 +1,96 @@
+"""A model folder for tests: a tiny Llama that knows a few answers by heart, in seconds and always the same."""
+
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+from app import conversation, lineage, model
+from app.intent import IntentModel
+
+ANSWERS = {
+    "where is my order 4512?": "Order 4512 is on its way and will arrive on Friday.",
+    "i want a refund": "I have refunded you 12 € today. Is there anything else?",
+    "how do i reset my password?": "Choose 'forgot password' on the sign-in page. 👍 Then follow the link.",
+    "what are your opening hours?": "We are open from nine to five.",
+    "can i talk to a person?": "Of course, I am handing you over to a colleague.",
+    "thank you": "You are welcome!",
+}
+ENDLESS = "sing me a song"
+"""The answer to this goes on until the limit."""
+UNSURE = "read me a number"
+"""The answer to this is a guess at every digit."""
+INTENTS = {
+    "where is my order 4512?": "order_status",
+    "i want a refund": "refund_request",
+    "how do i reset my password?": "password_reset",
+    "what are your opening hours?": "opening_hours",
+    "can i talk to a person?": "human_handover",
+    "thank you": "thanks",
+    ENDLESS: "smalltalk",
+    UNSURE: "smalltalk",
+}
+SNAPSHOT_ID = 2**62 + 12345
+CONTEXT_TOKENS = 512
+
+
+def make(folder: Path, int8: bool = False) -> None:
+    """Train and save it; with `int8`, as compression does: bfloat16 with int8 linear layers."""
+    torch.manual_seed(0)
+    texts = [*ANSWERS, *ANSWERS.values(), ENDLESS, "la la la", UNSURE]
+    tokenizer = conversation.train_tokenizer(texts, 400)
+    net = model.new_model("preset:tiny", tokenizer, CONTEXT_TOKENS, seed=0)
+    _learn(net, tokenizer)
+    model.save(net, tokenizer, folder)
+    if int8:
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+        smaller, tokenizer = model.load(folder, dtype=torch.bfloat16, quantization_config=config)
+        shutil.rmtree(folder)
+        model.save(smaller, tokenizer, folder)
+    # Numbers must not tell the intents apart: each question a few times, worded a little differently.
+    questions = [f"{start}{question}" for question in INTENTS for start in ("", "hello, ", "please: ", "well ")]
+    IntentModel.fit(questions, [intent for intent in INTENTS.values() for _ in range(4)], seed=0).save(
+        folder / "intent"
+    )
+    sources = [{"uri": "sample:shop", "records": 3, "first_position": 0, "last_position": 2}]
+    lineage.write(
+        folder,
+        lineage.Lineage(
+            model="support", version="3", run_id="run-7", stage="compress", table="support.conversations",
+            snapshot_id=SNAPSHOT_ID, sources=sources, config_digest="c0ffee", code_version="c0de",
+            job_id="raysubmit_made_it", parent="2", created_at=lineage.now(),
+        ),
+    )  # fmt: skip
+
+
+def _learn(net: torch.nn.Module, tokenizer: object, steps: int = 220) -> None:
+    draw = random.Random(0)
+    guesses = [(UNSURE, "".join(draw.choices("0123456789", k=12))) for _ in range(6)]
+    encoded = [
+        conversation.encode(
+            tokenizer, [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}], "assistant"
+        )
+        for ask, reply in [*ANSWERS.items(), *guesses, (ENDLESS, "la " * 140)]
+    ]
+    longest = max(len(each.ids) for each in encoded)
+    ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, each in enumerate(encoded):
+        ids[row, : len(each.ids)] = torch.from_numpy(each.ids)
+        labels[row, : len(each.ids)] = torch.where(
+            torch.from_numpy(each.learned), torch.from_numpy(each.ids).long(), -100
+        )
+    labels[-1, len(encoded[-1].ids) - 1 :] = -100  # the song's end is not learned
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (steps - step) / steps + 0.02)
+        loss = net(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    net.train(False)

@@ -1,0 +1,507 @@
+"""Ingestion on a real cluster: against the sample shop's ground truth, real conversations, bad input and kill -9."""
+
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from app import tables
+from app.config import Config
+from app.conversation import content_hash, split_of
+from app.errors import SourceError, StageRefused, TableError
+from app.ingestion import execution, pipeline, sample
+from app.ingestion.pipeline import Ingested, ingest
+from jobs.ingest import JOB
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+RECORDS = 2_000
+ALWAYS_REFUSED = {"broken_json", "broken_encoding", "missing_field", "impossible_value"}
+
+
+def shop(store: str, records: int = RECORDS, **overrides: Any) -> Config:
+    return Config().with_overrides(
+        {"storage.uri": store, "ingestion.sample.conversations": records}
+        | {f"ingestion.{key}": value for key, value in overrides.items()}
+    )
+
+
+def files(store: str, *sources: dict[str, Any], **overrides: Any) -> Config:
+    return shop(store, sources=list(sources), **overrides)
+
+
+def held(config: Config) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = tables.read_local(config, tables.latest(config)).to_pylist()
+    return rows
+
+
+def quarantined(config: Config) -> list[dict[str, Any]]:
+    table = tables.open_table(config.storage, config.ingestion.quarantine_table)
+    rows: list[dict[str, Any]] = table.scan().to_arrow().sort_by("position").to_pylist()
+    return rows
+
+
+def snapshots(config: Config) -> int:
+    names = (config.ingestion.table, config.ingestion.quarantine_table)
+    return sum(len(tables.open_table(config.storage, name).snapshots()) for name in names)
+
+
+def conversations(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [
+        {
+            "conversation_id": f"c{number}",
+            "channel": "email",
+            "messages": [
+                {"role": "user", "content": f"Where is order {number}?\nIt is “late”.", "intent": "order_status"},
+                {"role": "assistant", "content": f"Order {number} is on its way."},
+            ],
+        }
+        for number in range(start, start + count)
+    ]
+
+
+def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory, cluster: object) -> tuple[Config, Ingested]:
+    config = shop(str(tmp_path_factory.mktemp("shop") / "store"))
+    return config, ingest(config)
+
+
+def expected() -> tuple[set[int], set[int]]:
+    """Positions that have to be kept and refused, by the ground truth and nothing of the pipeline's."""
+    kept, refused, seen = set[int](), set[int](), set[str]()
+    for position, line in enumerate(sample.lines(7, 0, RECORDS, 0.05)):
+        found = sample.defect(7, position, 0.05)
+        too_long = found and found.kind == "outlier" and len(json.loads(line)["messages"][0]["content"]) > 4_000
+        if found and (found.kind in ALWAYS_REFUSED or too_long):
+            refused.add(position)
+        elif (key := content_hash(json.loads(line)["messages"])) not in seen:
+            seen.add(key)
+            kept.add(position)
+    return kept, refused
+
+
+# The embedded shop
+
+
+def test_what_is_kept_and_refused_is_exactly_what_the_ground_truth_says(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    kept, refused = expected()
+    assert {row["position"] for row in held(config)} == kept
+    assert [row["position"] for row in quarantined(config)] == sorted(refused)
+    assert result.added
+    assert result.figures == {
+        "records_read": RECORDS,
+        "records_kept": len(kept),
+        "records_refused": len(refused),
+        "duplicates": RECORDS - len(kept) - len(refused),
+        "refused_by_reason": result.figures["refused_by_reason"],
+    }
+    assert sum(result.figures["refused_by_reason"].values()) == len(refused)
+
+
+def test_a_refusal_says_why_where_and_what(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    reasons: dict[str, set[str]] = {}
+    for row in quarantined(config):
+        found = sample.defect(7, row["position"], 0.05)
+        assert found is not None
+        reasons.setdefault(found.kind, set()).add(row["reason"])
+        line = sample.line(7, row["position"], 0.05)
+        assert row["source"] == "sample:shop"
+        assert row["raw"] == line[:1_000].decode(errors="replace")
+        assert row["raw_bytes"] == len(line)
+    assert reasons["broken_json"] == {"invalid_json"}
+    assert reasons["broken_encoding"] == {"invalid_encoding"}
+    assert reasons["outlier"] == {"too_long_message"}
+    assert reasons["impossible_value"] == {"invalid_timestamp", "unknown_role", "unknown_channel"}
+    assert reasons["missing_field"] <= {"missing_messages", "empty_content", "missing_role", "missing_conversation_id"}
+    counted = Counter(row["reason"] for row in quarantined(config))
+    assert result.figures["refused_by_reason"] == dict(counted)
+
+
+def test_of_exact_duplicates_only_the_first_is_kept(ingested: tuple[Config, Ingested]) -> None:
+    kept = {row["position"] for row in held(ingested[0])}
+    defects = [found for position in range(RECORDS) if (found := sample.defect(7, position, 0.05))]
+    copies = [found for found in defects if found.kind in ("exact_duplicate", "contradictory_label")]
+    assert len(copies) > 5
+    for copy in copies:
+        assert copy.position not in kept
+    for near in (found for found in defects if found.kind == "near_duplicate"):
+        assert near.position in kept
+
+
+def test_rows_hold_what_the_source_holds(ingested: tuple[Config, Ingested]) -> None:
+    rows = {row["position"]: row for row in held(ingested[0])}
+    for position in list(rows)[:200]:
+        row, record = rows[position], json.loads(sample.line(7, position, 0.05))
+        assert row["conversation_id"] == record["conversation_id"]
+        assert row["channel"] == record["channel"]
+        assert row["started_at"].strftime("%Y-%m-%dT%H:%M:%SZ") == record["started_at"]
+        assert row["intent"] == record["messages"][0]["intent"]
+        assert [message["role"] for message in row["messages"]] == [m["role"] for m in record["messages"]]
+        assert row["content_hash"] == content_hash(record["messages"])
+        assert row["source"] == "sample:shop"
+
+
+def test_the_split_follows_from_the_content_alone(ingested: tuple[Config, Ingested]) -> None:
+    rows = held(ingested[0])
+    assert all(row["split"] == split_of(row["content_hash"], 0.1) for row in rows)
+    share = sum(row["split"] == "validation" for row in rows) / len(rows)
+    assert 0.07 < share < 0.13
+
+
+def test_the_version_says_where_it_comes_from(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    about = tables.summary(config, result.version)
+    assert json.loads(about["rayloop.sources"]) == [
+        {"uri": "sample:shop", "records": RECORDS, "first_position": 0, "last_position": RECORDS - 1}
+    ]
+    assert json.loads(about["rayloop.refused_by_reason"]) == result.figures["refused_by_reason"]
+    assert about["rayloop.config_digest"] == config.digest("ingestion")
+    assert about["rayloop.job_id"] == "local"
+    assert len(about["rayloop.ingest_key"]) == 64
+    assert tables.rows(config, result.version) == result.figures["records_kept"]
+
+
+def test_streaming_and_local_reads_agree(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    for split in (None, "train", "validation"):
+        streamed = tables.read(config, result.version, ["content_hash", "messages"], split).take_all()
+        local = tables.read_local(config, result.version, ["content_hash", "messages"], split).to_pylist()
+        assert [row["content_hash"] for row in local] == sorted(row["content_hash"] for row in streamed)
+    first = tables.read_local(config, result.version, ["position"], "train", limit=7)
+    assert first == tables.read_local(config, result.version, ["position"], "train").slice(0, 7)
+
+
+def test_the_same_ingest_again_adds_nothing(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    before = snapshots(config)
+    again = ingest(config)
+    assert (again.version, again.figures, again.added) == (result.version, result.figures, False)
+    assert snapshots(config) == before
+
+
+def test_the_same_records_in_another_ingest_add_nothing(ingested: tuple[Config, Ingested]) -> None:
+    config, result = ingested
+    before = snapshots(config)
+    again = ingest(config.with_overrides({"ingestion.batch_rows": 500}))
+    assert (again.version, again.added) == (result.version, False)
+    assert again.figures["records_kept"] == 0
+    assert again.figures["records_refused"] == result.figures["records_refused"]
+    assert snapshots(config) == before
+
+
+def test_rows_do_not_depend_on_how_the_work_is_shared_out(
+    ingested: tuple[Config, Ingested], store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "SHARE_BYTES", 200_000)
+    monkeypatch.setattr(execution, "BLOCK_BYTES", 50_000)  # smaller than a share: a key's rows cross blocks
+    config = shop(store, batch_rows=100)
+    result = ingest(config)
+    assert held(config) == held(ingested[0])
+    assert quarantined(config) == quarantined(ingested[0])
+    assert result.figures == ingested[1].figures
+
+
+def test_a_later_ingest_adds_what_is_new_and_the_earlier_version_stays(
+    ingested: tuple[Config, Ingested], store: str
+) -> None:
+    half = shop(store, RECORDS // 2)
+    first = ingest(half)
+    rows = held(half)
+    second = ingest(shop(store))
+    assert second.version != first.version
+    assert held(half) == held(ingested[0])
+    assert quarantined(half) == quarantined(ingested[0])
+    assert tables.read_local(half, first.version).to_pylist() == rows
+    assert second.figures["records_kept"] == ingested[1].figures["records_kept"] - len(rows)
+
+
+def test_too_many_refusals_stop_the_stage_and_can_be_looked_at(store: str) -> None:
+    config = shop(store, 300, max_refused_fraction=0.001)
+    with pytest.raises(
+        StageRefused, match=r"refused \d\.\d% of 300 records .*raise ingestion.max_refused_fraction"
+    ) as e:
+        ingest(config)
+    assert e.value.figures["records_read"] == 300
+    assert len(quarantined(config)) == e.value.figures["records_refused"]
+    with pytest.raises(TableError, match="is empty"):
+        tables.latest(config)
+    assert not list(Path(store).glob("tables/support/conversations/data/*"))
+    accepted = ingest(shop(store, 300))
+    assert accepted.figures["records_kept"] == len(held(config))
+    assert len(quarantined(config)) == e.value.figures["records_refused"]
+
+
+# Files
+
+
+def test_every_format_gives_the_same_rows(store: str, tmp_path: Path) -> None:
+    rows = conversations(60)
+    parts = [rows[start : start + 10] for start in range(0, 60, 10)]
+    (tmp_path / "plain.jsonl").write_bytes(as_jsonl(parts[0]))
+    folder = tmp_path / "folder" / "deeper"
+    folder.mkdir(parents=True)
+    (folder / "one.jsonl.gz").write_bytes(gzip.compress(as_jsonl(parts[1])))
+    (folder / "two.jsonl.zst").write_bytes(zstandard.compress(as_jsonl(parts[2])))
+    (folder / "_SUCCESS").write_bytes(b"")
+    pq.write_table(pa.Table.from_pylist(parts[3]), tmp_path / "three.parquet", row_group_size=4)
+    for name, part in (("four.csv", parts[4]), ("five.csv", parts[5])):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ["question", "answer", "label", "conversation_id", "channel"])
+            writer.writeheader()
+            for row in part:
+                user, reply = row["messages"]
+                writer.writerow(
+                    {
+                        "question": user["content"],
+                        "answer": reply["content"],
+                        "label": user["intent"],
+                        "conversation_id": row["conversation_id"],
+                        "channel": row["channel"],
+                    }
+                )
+    config = files(
+        store,
+        {"uri": str(tmp_path / "plain.jsonl"), "format": "jsonl"},
+        {"uri": str(tmp_path / "folder"), "format": "jsonl"},
+        {"uri": str(tmp_path / "th*.parquet"), "format": "parquet"},
+        {
+            "uri": str(tmp_path / "f*.csv"),
+            "format": "csv",
+            "columns": {"user": "question", "assistant": "answer", "intent": "label"},
+        },
+    )
+    result = ingest(config)
+    assert result.figures["records_kept"] == 60
+    found = {row["conversation_id"]: row for row in held(config)}
+    for row in rows:
+        stored = found[row["conversation_id"]]
+        assert [(m["role"], m["content"]) for m in stored["messages"]] == [
+            (m["role"], m["content"].replace("\n", " ")) for m in row["messages"]
+        ]
+        assert (stored["intent"], stored["channel"]) == ("order_status", "email")
+    assert found["c14"]["source"] == str(folder / "one.jsonl.gz")
+    assert found["c14"]["position"] == 4
+    assert found["c47"]["source"] == str(tmp_path / "four.csv")
+    assert found["c47"]["position"] == 7
+    listed = json.loads(tables.summary(config, result.version)["rayloop.sources"])
+    assert [(entry["records"], entry["first_position"], entry["last_position"]) for entry in listed] == [(10, 0, 9)] * 6
+
+
+def test_the_first_of_two_sources_keeps_a_duplicate(store: str, tmp_path: Path) -> None:
+    for name, start in (("b", 0), ("a", 5)):
+        (tmp_path / f"{name}.jsonl").write_bytes(as_jsonl(conversations(10, start)))
+    sources = [{"uri": str(tmp_path / f"{name}.jsonl"), "format": "jsonl"} for name in ("b", "a")]
+    config = files(store, *sources)
+    assert ingest(config).figures["duplicates"] == 5
+    assert Counter(Path(row["source"]).name for row in held(config)) == {"b.jsonl": 10, "a.jsonl": 5}
+
+
+def missing(folder: Path) -> Path:
+    return folder / "missing.jsonl"
+
+
+def truncated(folder: Path) -> Path:
+    whole = gzip.compress(as_jsonl(conversations(5_000)))
+    (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    return folder / "cut.jsonl.gz"
+
+
+def broken_parquet(folder: Path) -> Path:
+    (folder / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind PAR1")
+    return folder / "broken.parquet"
+
+
+def wrong_columns(folder: Path) -> Path:
+    (folder / "wrong.csv").write_text("question,answer\nhello?,hello\n")
+    return folder / "wrong.csv"
+
+
+def open_quote(folder: Path) -> Path:
+    (folder / "quote.csv").write_text('messages,channel\n"never closed,web\nx,web\n')
+    return folder / "quote.csv"
+
+
+def empty_folder(folder: Path) -> Path:
+    (folder / "nothing").mkdir()
+    return folder / "nothing"
+
+
+@pytest.mark.parametrize(
+    ("make", "written_as", "says"),
+    [
+        (missing, "jsonl", "does not exist"),
+        (truncated, "jsonl", "Truncated"),
+        (broken_parquet, "parquet", "as parquet"),
+        (wrong_columns, "csv", "has no columns.messages 'messages'; its columns are question, answer"),
+        (open_quote, "csv", "a quote is opened at line 2 and not closed"),
+        (empty_folder, "jsonl", "holds no jsonl file"),
+    ],
+)
+def test_an_unreadable_source_names_the_file_and_adds_nothing(
+    store: str, tmp_path: Path, make: Callable[[Path], Path], written_as: str, says: str
+) -> None:
+    (tmp_path / "good.jsonl").write_bytes(as_jsonl(conversations(3)))
+    good = {"uri": str(tmp_path / "good.jsonl"), "format": "jsonl"}
+    bad = make(tmp_path)
+    config = files(store, good, {"uri": str(bad), "format": written_as})
+    with pytest.raises(SourceError) as e:
+        ingest(config)
+    assert says in str(e.value)
+    assert bad.name in str(e.value)
+    with pytest.raises(TableError):
+        tables.latest(config)
+
+
+def test_bad_lines_are_set_aside_with_their_position(store: str, tmp_path: Path) -> None:
+    good = as_jsonl(conversations(4)).splitlines()
+    lines = [good[0], b"", b'{"half', good[1], b"[1]", b"\xff\xfe", good[2], b'{"conversation_id": "x"}', good[3]]
+    (tmp_path / "mixed.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    config = files(store, {"uri": str(tmp_path / "mixed.jsonl"), "format": "jsonl"}, max_refused_fraction=0.6)
+    ingest(config)
+    assert {row["conversation_id"]: row["position"] for row in held(config)} == {"c0": 0, "c1": 2, "c2": 5, "c3": 7}
+    assert [(row["position"], row["reason"]) for row in quarantined(config)] == [
+        (1, "invalid_json"),
+        (3, "not_a_record"),
+        (4, "invalid_encoding"),
+        (6, "missing_messages"),
+    ]
+
+
+# Real conversations
+
+
+def test_schema_guided_dialogues_pass_whole(store: str, shared_data: Path) -> None:
+    source = {"uri": str(shared_data / "sgd" / "train.jsonl.gz"), "format": "jsonl"}
+    result = ingest(files(store, source, max_refused_fraction=0.0))
+    assert result.figures["records_read"] == 12_174
+    assert result.figures["records_kept"] + result.figures["duplicates"] == 12_174
+    assert result.figures["duplicates"] < 10
+
+
+def test_banking_questions_get_a_reply_that_names_their_intent(store: str, shared_data: Path) -> None:
+    columns = {"user": "text", "intent": "category", "assistant": "This is about {category}."}
+    source = {"uri": str(shared_data / "banking77" / "train.csv"), "format": "csv", "columns": columns}
+    config = files(store, source, max_refused_fraction=0.0)
+    result = ingest(config)
+    assert result.figures["records_read"] == 10_003
+    assert result.figures["duplicates"] < 20
+    rows = {row["position"]: row for row in held(config)}
+    assert rows[0]["conversation_id"] == f"{shared_data / 'banking77' / 'train.csv'}#0"
+    assert rows[0]["intent"] == "card_arrival"
+    assert [message["content"] for message in rows[0]["messages"]] == [
+        "I am still waiting on my card?",
+        "This is about card arrival.",
+    ]
+    assert len({row["intent"] for row in rows.values()}) == 77
+
+
+# The job
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, store: str) -> Iterator[Path]:
+    file = tmp_path / "ingest.yaml"
+    file.write_text(f"storage: {{uri: {store}}}\ningestion: {{sample: {{conversations: 200}}}}\n")
+    handler = signal.getsignal(signal.SIGTERM)
+    yield file
+    signal.signal(signal.SIGTERM, handler)
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return line
+
+
+def test_a_dry_run_writes_nothing(config_file: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert JOB.main(["--config", str(config_file), "--dry-run"]) == 0
+    planned = last_line(capsys)["figures"]["plan"]
+    assert planned["read"][0]["uri"] == "sample:shop"
+    assert planned["append_to"][0] == {"table": "support.conversations", "snapshot_id": None, "rows": 0}
+    assert not Path(store).exists()
+
+
+def test_the_job_is_up_to_date_with_and_without_its_receipt(
+    config_file: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(config_file)]
+    assert JOB.main(arguments) == 0
+    first = last_line(capsys)
+    assert first["status"] == "done"
+    assert first["outputs"]["table"]["table"] == "support.conversations"
+    assert JOB.main(arguments) == 0
+    second = last_line(capsys)
+    for receipt in Path(store).glob("receipts/ingest/*"):
+        receipt.unlink()
+    assert JOB.main(arguments) == 0
+    third = last_line(capsys)
+    for later in (second, third):
+        assert later["status"] == "up_to_date"
+        assert (later["outputs"], later["figures"]) == (first["outputs"], first["figures"])
+    files_before = sorted(Path(store).rglob("*"))
+    assert JOB.main([*arguments, "--dry-run"]) == 0
+    planned = last_line(capsys)
+    assert planned["status"] == "up_to_date"
+    assert planned["figures"]["plan"]["append_to"][0]["rows"] == first["figures"]["records_kept"]
+    assert sorted(Path(store).rglob("*")) == files_before
+
+
+def test_a_missing_source_ends_the_job_with_1(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = 'ingestion.sources=[{"uri": "/nowhere/at/all.jsonl", "format": "jsonl"}]'
+    assert JOB.main(["--config", str(config_file), "--set", source]) == 1
+    line = last_line(capsys)
+    assert line["status"] == "failed"
+    assert "'/nowhere/at/all.jsonl' does not exist" in line["error"]
+
+
+DIES_BEFORE_ITS_COMMIT = """
+import os, signal, sys
+from app import tables
+append = tables.append
+def die(table, files, about):
+    if table.name()[-1] == "conversations":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return append(table, files, about)
+tables.append = die
+from jobs.ingest import JOB
+JOB.main(sys.argv[1:])
+"""
+
+
+def test_killed_between_write_and_commit_it_starts_again_without_losing_or_doubling(
+    config_file: Path, store: str, tmp_path: Path
+) -> None:
+    config = shop(store, 400)
+    command = [sys.executable, "-c", DIES_BEFORE_ITS_COMMIT, "--config", str(config_file)]
+    command += ["--set", "ingestion.sample.conversations=400"]
+    killed = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list(Path(store).glob("tables/support/conversations/data/*.parquet"))
+    assert quarantined(config)
+    with pytest.raises(TableError, match="is empty"):
+        tables.latest(config)
+    result = ingest(config)
+    unbroken = shop(str(tmp_path / "unbroken"), 400)
+    ingest(unbroken)
+    assert result.added
+    assert held(config) == held(unbroken)
+    assert quarantined(config) == quarantined(unbroken)
+    assert len(tables.open_table(config.storage, "support.conversations").snapshots()) == 1

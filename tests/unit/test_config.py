@@ -1,0 +1,130 @@
+"""A configuration is checked whole, and every error helps."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.config import Config, load
+from app.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent.parent / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config.yaml"
+
+
+def refusal(file: Path, text: str, overrides: tuple[str, ...] = ()) -> str:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    load(path)
+
+
+def test_an_empty_file_is_all_defaults(file: Path) -> None:
+    file.write_text("")
+    assert load(file) == Config()
+
+
+def test_a_misspelt_key_is_refused_with_place_alternatives_and_nearest(file: Path) -> None:
+    message = refusal(file, "training:\n  zero_stage: 1\n  learnig_rate: 0.1\n")
+    assert f"{file}:3: training.learnig_rate is not a setting" in message
+    assert "did you mean 'learning_rate'?" in message
+    assert "micro_batch_size" in message
+
+
+def test_all_errors_come_at_once(file: Path) -> None:
+    message = refusal(file, "training: {zero_stage: 7, max_steps: many}\nservin: {}\n", ("tuning.trials=0",))
+    assert "training.zero_stage: must be 0, 1, 2 or 3, got 7" in message
+    assert 'training.max_steps: must be a valid integer, got "many"' in message
+    assert "did you mean 'serving'?" in message
+    assert "--set: tuning.trials: must be greater than or equal to 1, got 0" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("serving: {deploy_timeout_s: 10s}", "(seconds, a plain number)"),
+        ("serving: {deploy_timeout_ms: 10000}", "did you mean 'deploy_timeout_s'?"),
+        ("serving: {max_body_bytes: 1MB}", "(bytes, a plain number)"),
+        ("ingestion: {validation_fraction: 10}", "(a share from 0 to 1)"),
+    ],
+)
+def test_a_wrong_unit_is_refused_with_the_right_one(file: Path, text: str, expected: str) -> None:
+    assert expected in refusal(file, text)
+
+
+def test_errors_in_lists_name_the_item(file: Path) -> None:
+    message = refusal(file, "ingestion:\n  sources:\n    - {uri: a, format: jsonl}\n    - {uri: b, format: xml}\n")
+    assert f"{file}:4: ingestion.sources.1.format: must be 'jsonl', 'parquet', 'csv' or 'sample'" in message
+
+
+def test_numbers_in_exponent_form_are_numbers(file: Path) -> None:
+    file.write_text("training: {learning_rate: 1e-3}")
+    assert load(file, ["training.weight_decay=5e-2"]).training.learning_rate == 1e-3
+
+
+def test_a_string_is_not_taken_for_a_number(file: Path) -> None:
+    assert "must be a valid integer" in refusal(file, "training: {max_steps: '50'}")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_must_be_finite(file: Path, value: str) -> None:
+    assert "training.learning_rate" in refusal(file, f"training: {{learning_rate: {value}}}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1]\nb: *x\n",
+        "training: !!python/object/apply:os.system ['true']\n",
+        "training: {max_steps: [}\n",
+        "- 1\n",
+        "training: {\x00}\n",
+    ],
+)
+def test_hostile_or_broken_yaml_is_refused(file: Path, text: str) -> None:
+    assert str(file) in refusal(file, text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("override", ["training.max_steps", "=3", ""])
+def test_an_override_without_key_or_value_is_refused(file: Path, override: str) -> None:
+    assert "--set" in refusal(file, "", (override,))
+
+
+def test_overrides_reach_below_the_search_space(file: Path) -> None:
+    file.write_text("")
+    config = load(file, ["tuning.space.training.seed={kind: int, low: 1, high: 9}"])
+    assert config.tuning.space["training.seed"].high == 9
+
+
+def test_a_space_without_a_range_is_refused(file: Path) -> None:
+    message = refusal(file, "tuning: {space: {training.seed: {kind: int, low: 3, high: 2}}}")
+    assert "needs `low` < `high`" in message
+
+
+def test_the_digest_follows_the_named_sections_only() -> None:
+    base = Config()
+    changed = base.with_overrides({"training.seed": 99})
+    assert base.digest("training") != changed.digest("training")
+    assert base.digest("ingestion") == changed.digest("ingestion")
+
+
+@given(st.floats(min_value=1e-9, max_value=1e3), st.integers(min_value=1, max_value=10**9))
+def test_overrides_come_back_as_they_were_given(rate: float, steps: int) -> None:
+    config = Config().with_overrides({"training.learning_rate": rate, "training.max_steps": steps})
+    assert (config.training.learning_rate, config.training.max_steps) == (rate, steps)
+    assert config.with_overrides({}) == config

@@ -1,0 +1,292 @@
+"""The oracle is transformers' own `generate`, one request at a time."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
+
+from app import model as models
+from app.conversation import prompt_ids
+from app.errors import ModelError
+from app.serving.engine import Engine, EngineFull, choose
+from app.serving.schema import Delta, Event, Finished, Refused, Sampling
+from tests import answering_model
+from tests.answering_model import ANSWERS, ENDLESS, UNSURE
+
+GREEDY = Sampling(max_tokens=None, temperature=0.0, top_p=1.0, seed=None, stop=())
+
+
+@dataclass
+class Client:
+    """Collects what the engine delivers."""
+
+    events: list[Event] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.begun.set()
+        if isinstance(event, Finished | Refused):
+            self.done.set()
+
+    @property
+    def text(self) -> str:
+        assert self.done.wait(60)
+        return "".join(event.text for event in self.events if isinstance(event, Delta))
+
+    @property
+    def finished(self) -> Finished:
+        assert self.done.wait(60)
+        assert isinstance(self.events[-1], Finished)
+        return self.events[-1]
+
+
+class Asking:
+    """An engine with the tokenizer that questions need."""
+
+    def __init__(self, folder: Path, slots: int = 4, max_waiting: int = 100) -> None:
+        self.model, self.tokenizer = models.load(folder)
+        self.engine = Engine(self.model, self.tokenizer, slots, answering_model.CONTEXT_TOKENS, max_waiting)
+
+    def prompt(self, question: str) -> list[int]:
+        return prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
+
+    def ask(self, question: str, sampling: Sampling = GREEDY, max_tokens: int = 100) -> Client:
+        client = Client()
+        self.engine.submit(self.prompt(question), sampling, max_tokens, client)
+        return client
+
+    def generated(self, question: str, max_tokens: int) -> str:
+        """What transformers' own loop writes."""
+        ids = torch.tensor([self.prompt(question)])
+        with torch.inference_mode():
+            whole = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+            )
+        text: str = self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine") / "float"
+    answering_model.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def asking(request: pytest.FixtureRequest, float_folder: Path, model_folder: Path) -> Iterator[Asking]:
+    asking = Asking(float_folder if request.param == "float32" else model_folder)
+    yield asking
+    asking.engine.stop()
+
+
+def wait_until_idle(engine: Engine) -> None:
+    deadline_s = time.monotonic() + 30
+    while engine.slots_in_use and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert engine.slots_in_use == 0
+
+
+def test_replies_batched_with_others_are_those_of_generate_alone(asking: Asking) -> None:
+    questions = [*ANSWERS, ENDLESS, "an unknown question, longer than the others " * 3, "x", UNSURE]
+    lengths = [100, 30, 100, 7, 100, 1, 64, 40, 90, 100]
+    clients = [asking.ask(question, max_tokens=length) for question, length in zip(questions, lengths, strict=True)]
+    for question, length, client in zip(questions, lengths, clients, strict=True):
+        assert client.text == asking.generated(question, length), question
+
+
+def test_a_reply_ends_at_the_end_token_or_at_its_limit_and_says_which(asking: Asking) -> None:
+    ended, cut = asking.ask("thank you"), asking.ask(ENDLESS, max_tokens=9)
+    assert (ended.text, ended.finished.finish_reason) == (ANSWERS["thank you"], "stop")
+    assert (cut.finished.finish_reason, cut.finished.completion_tokens) == ("length", 9)
+
+
+def test_a_prompt_and_reply_that_fill_the_context_to_the_last_position_are_written(asking: Asking) -> None:
+    room = answering_model.CONTEXT_TOKENS - len(asking.prompt(ENDLESS))
+    client = asking.ask(ENDLESS, max_tokens=room)
+    assert client.finished.completion_tokens == room
+    assert client.text == asking.generated(ENDLESS, room)
+
+
+def test_a_stop_string_ends_the_reply(asking: Asking) -> None:
+    client = asking.ask("where is my order 4512?", Sampling(None, 0.0, 1.0, None, ("will arrive",)))
+    assert client.text == "Order 4512 is on its way and "
+    assert client.finished.finish_reason == "stop"
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_any_company(asking: Asking) -> None:
+    def sampling(seed: int) -> Sampling:
+        return Sampling(None, 1.5, 0.95, seed, ())
+
+    alone = [asking.ask(UNSURE, sampling(seed), 30).text for seed in range(12)]
+    company = [asking.ask(question, sampling(99), 60) for question in (ENDLESS, "x", *ANSWERS)]
+    together = [asking.ask(UNSURE, sampling(seed), 30) for seed in range(12)]
+    assert [client.text for client in together] == alone
+    assert len(set(alone)) > 3
+    assert all(client.text is not None for client in company)
+
+
+def test_without_a_seed_replies_differ(asking: Asking) -> None:
+    sampling = Sampling(None, 1.5, 1.0, None, ())
+    assert len({client.text for client in [asking.ask(UNSURE, sampling, 20) for _ in range(8)]}) > 1
+
+
+def test_confidence_is_the_mean_probability_of_the_tokens_in_a_plain_forward_pass(asking: Asking) -> None:
+    question = UNSURE
+    client = asking.ask(question)
+    prompt = asking.prompt(question)
+    reply = [*asking.tokenizer.encode(client.text, add_special_tokens=False), asking.tokenizer.eos_token_id]
+    with torch.inference_mode():
+        logits = asking.model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1].float()
+    expected = torch.softmax(logits, -1)[torch.arange(len(reply)), torch.tensor(reply)].mean()
+    assert client.finished.confidence == pytest.approx(float(expected), abs=0.02)
+    assert client.finished.confidence < asking.ask("thank you").finished.confidence
+
+
+def test_a_cancelled_reply_frees_its_slot_and_delivers_nothing_more(asking: Asking) -> None:
+    client = Client()
+    request = asking.engine.submit(asking.prompt(ENDLESS), GREEDY, 480, client)
+    assert client.begun.wait(30)
+    asking.engine.cancel(request)
+    wait_until_idle(asking.engine)
+    delivered = len(client.events)
+    assert not client.done.is_set()
+    assert asking.ask("thank you").text == ANSWERS["thank you"]
+    assert len(client.events) == delivered
+
+
+def test_more_requests_than_slots_are_all_answered(asking: Asking) -> None:
+    clients = [asking.ask(question) for _ in range(5) for question in ANSWERS]
+    assert [client.text for client in clients] == [answer for _ in range(5) for answer in ANSWERS.values()]
+
+
+def test_a_request_beyond_the_waiting_room_is_refused_at_once(float_folder: Path) -> None:
+    asking = Asking(float_folder, slots=1, max_waiting=1)
+    singing, waiting = asking.ask(ENDLESS, max_tokens=400), asking.ask("thank you")
+    with pytest.raises(EngineFull):
+        asking.ask("thank you")
+    assert waiting.text == ANSWERS["thank you"]
+    assert singing.finished.completion_tokens == 400
+    asking.engine.stop()
+
+
+def test_an_engine_that_breaks_tells_its_clients_and_its_health_check(float_folder: Path) -> None:
+    asking = Asking(float_folder)
+    client = asking.ask(ENDLESS, max_tokens=400)
+    assert client.begun.wait(30)
+    broken = Client()
+    asking.engine.submit([10**9], GREEDY, 5, broken)  # no such token: the embedding raises
+    for each in (client, broken):
+        assert each.done.wait(30)
+        assert isinstance(each.events[-1], Refused)
+    assert isinstance(asking.engine.failure, IndexError)
+    with pytest.raises(EngineFull):
+        asking.ask("thank you")
+
+
+def test_a_model_with_learned_positions_and_another_layout_is_served_alike(float_folder: Path) -> None:
+    _, tokenizer = models.load(float_folder)
+    torch.manual_seed(1)
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    assert replies(net.eval(), tokenizer, [[5, 6, 7], [9, 8, 7, 6, 5, 4]]) == plain(
+        net, [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    )
+
+
+def test_a_model_with_grouped_heads_is_served_alike(float_folder: Path) -> None:
+    _, tokenizer = models.load(float_folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    from transformers import LlamaForCausalLM
+
+    net = LlamaForCausalLM(config).eval()
+    assert replies(net, tokenizer, [[5, 6, 7], [9, 8, 7, 6, 5, 4]]) == plain(net, [[5, 6, 7], [9, 8, 7, 6, 5, 4]])
+
+
+def test_a_model_without_a_key_value_cache_is_refused_when_it_is_loaded(float_folder: Path) -> None:
+    _, tokenizer = models.load(float_folder)
+    net = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        Engine(net.eval(), tokenizer, 2, 64, 2)
+
+
+def replies(net: PreTrainedModel, tokenizer: object, prompts: Sequence[list[int]]) -> list[list[int]]:
+    engine = Engine(net, tokenizer, 2, 64, 4)
+    clients, requests = [Client() for _ in prompts], []
+    for prompt, client in zip(prompts, clients, strict=True):
+        requests.append(engine.submit(prompt, GREEDY, 20, client))
+    assert all(client.done.wait(30) for client in clients)
+    engine.stop()
+    return [request.tokens for request in requests]
+
+
+def plain(net: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Greedy tokens, each from a forward pass over everything before it."""
+    written = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(20):
+                ids.append(int(net(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == 1:  # the tokenizer's end token
+                    break
+        written.append(ids[len(prompt) :])
+    return written
+
+
+class Fixed:
+    """A generator that draws one number again and again."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize(
+    ("top_p", "drawn", "token"),
+    [
+        (1.0, 0.0, 2),
+        (1.0, 0.49, 2),
+        (1.0, 0.51, 0),
+        (1.0, 0.81, 1),
+        (1.0, 0.999999, 1),
+        (0.5, 0.9999, 2),
+        (0.8, 0.9999, 0),
+    ],
+)
+def test_a_number_picks_the_token_in_whose_share_of_the_kept_probability_it_falls(
+    top_p: float, drawn: float, token: int
+) -> None:
+    logits = torch.log(torch.tensor([[0.3, 0.2, 0.5]]))
+    tokens, probabilities = choose(logits, [(Sampling(None, 1.0, top_p, None, ()), Fixed(drawn))])
+    assert tokens == [token]
+    assert probabilities == pytest.approx([[0.3, 0.2, 0.5][token]])
+
+
+def test_sampled_tokens_follow_the_temperature() -> None:
+    import random
+
+    draw = random.Random(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    counts = [0, 0, 0]
+    for _ in range(4000):
+        counts[choose(logits, [(Sampling(None, 2.0, 1.0, None, ()), draw)])[0][0]] += 1
+    expected = torch.softmax(logits[0] / 2, -1).tolist()
+    assert [count / 4000 for count in counts] == pytest.approx(expected, abs=0.03)
+
+
+def test_a_vanishing_temperature_takes_the_most_probable_token() -> None:
+    logits = torch.tensor([[0.0, 1000.0, 999.0]])
+    assert choose(logits, [(Sampling(None, 1e-30, 1.0, 0, ()), Fixed(0.999))])[0] == [1]

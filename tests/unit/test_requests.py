@@ -1,0 +1,200 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.config import ServingConfig
+from app.errors import RequestError
+from app.serving.requests import NEUTRAL, parse_chat, parse_feedback, parse_json
+from app.serving.schema import ChatRequest, FeedbackRequest
+
+CONFIG = ServingConfig(max_messages=3, default_temperature=0.25)
+HELLO = {"role": "user", "content": "hello"}
+NOT_NEUTRAL: dict[str, Any] = {
+    "n": 2, "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": 1}, "logprobs": True,
+    "top_logprobs": 2, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "tool_choice": "auto", "parallel_tool_calls": True, "functions": [{}], "function_call": "auto",
+    "modalities": ["audio"], "audio": {}, "prediction": {}, "reasoning_effort": "low", "verbosity": "low",
+    "service_tier": "auto", "store": True, "web_search_options": {}, "prompt_cache_key": "x",
+    "safety_identifier": "x",
+}  # fmt: skip
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse_chat(json.dumps({"model": "support", "messages": [HELLO], **fields}).encode(), CONFIG)
+
+
+def refused(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_a_minimal_request_gets_the_configured_defaults() -> None:
+    parsed = chat()
+    assert parsed.messages == ({"role": "user", "content": "hello"},)
+    assert (parsed.sampling.temperature, parsed.sampling.top_p, parsed.sampling.seed) == (0.25, 1.0, None)
+    assert (parsed.sampling.max_tokens, parsed.sampling.stop, parsed.stream) == (None, (), False)
+
+
+def test_every_supported_field_arrives() -> None:
+    parsed = chat(
+        temperature=1, top_p=0.5, seed=-3, stop="END", max_completion_tokens=7, stream=True,
+        stream_options={"include_usage": True}, user="someone", metadata={"page": "faq"},
+    )  # fmt: skip
+    assert parsed.sampling.temperature == 1.0
+    assert (parsed.sampling.top_p, parsed.sampling.seed, parsed.sampling.stop) == (0.5, -3, ("END",))
+    assert (parsed.sampling.max_tokens, parsed.stream, parsed.include_usage) == (7, True, True)
+    assert (parsed.user, parsed.metadata) == ("someone", {"page": "faq"})
+
+
+def test_content_may_come_as_text_parts_and_developer_means_system() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    parsed = chat(messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}])
+    assert parsed.messages == (
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "one two"},
+    )
+
+
+def test_a_reply_echoed_with_its_empty_fields_is_taken() -> None:
+    echoed = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
+    assert chat(messages=[HELLO, echoed, HELLO]).messages[1] == {"role": "assistant", "content": "hi"}
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_an_unsupported_field_is_refused_by_name_unless_it_asks_for_nothing(name: str) -> None:
+    error = refused(**{name: NOT_NEUTRAL[name]})
+    assert error.param == name
+    assert name in str(error)
+    for harmless in (None, *NEUTRAL[name]):
+        chat(**{name: harmless})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [HELLO] * 4}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{**HELLO, "name": "bob"}]}, "messages[0].name"),
+        ({"messages": [{**HELLO, "colour": "red"}]}, "messages[0].colour"),
+        ({"messages": [HELLO, {"role": "system", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [HELLO, {"role": "assistant", "content": "x"}]}, "messages[1].role"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": "many"}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 0.5}, "seed"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(key): "v" for key in range(17)}}, "metadata"),
+        ({"user": 7}, "user"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    error = refused(**fields)
+    assert error.param == param
+    assert str(error).startswith(param.split("[")[0].split(".")[0]) or param == "messages" or "message" in str(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"null", b"[]", b'"text"', b"{'model': 1}", b'{"temperature": NaN}', b'{"temperature": -Infinity}',
+        b'{"a": 1, "a": 2}', b'{"x": {"a": 1, "a": 2}}', b'{"a": "\\ud800"}', b'\xff\xfe{"a": 1}', b"{} {}",
+        b"[" * 100_000, b'{"a":' * 50_000, b'{"a": ' + b"9" * 5_000 + b"}",
+    ],
+)  # fmt: skip
+def test_what_is_not_one_strict_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_json(body)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_any_json_is_parsed_or_refused_and_never_breaks(value: Any) -> None:
+    body = json.dumps(value).encode()
+    for parse in (lambda: parse_chat(body, CONFIG), lambda: parse_feedback(body)):
+        with pytest.raises(RequestError) as caught:
+            parse()
+        assert caught.value.status == 400
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["temperature", "top_p", "seed", "stop", "max_tokens", "stream", "user", "metadata", "n"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text()
+        | st.lists(st.text(), max_size=6),
+    )
+)
+def test_any_values_of_known_fields_are_taken_or_refused_by_name(fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "support", "messages": [HELLO], **fields}).encode()
+    try:
+        parsed = parse_chat(body, CONFIG)
+    except RequestError as error:
+        refused = error
+    else:
+        refused = None
+        assert 0 <= parsed.sampling.temperature <= 2
+        assert 0 < parsed.sampling.top_p <= 1
+        assert all(parsed.sampling.stop)
+    if refused and refused.code != "invalid_json":
+        assert (refused.param or "").split("[")[0].split(".")[0] in fields
+
+
+def test_feedback_takes_a_rating_an_intent_and_a_comment() -> None:
+    body = {"response_id": "chatcmpl-1", "rating": -1, "intent": "refund_request", "comment": "no"}
+    assert parse_feedback(json.dumps(body).encode()) == FeedbackRequest("chatcmpl-1", -1, "refund_request", "no")
+    assert parse_feedback(b'{"response_id": "chatcmpl-1", "rating": null}').rating is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"rating": 1}, "response_id"),
+        ({"response_id": "r", "rating": 2}, "rating"),
+        ({"response_id": "r", "rating": True}, "rating"),
+        ({"response_id": "r", "stars": 5}, "stars"),
+        ({"response_id": "r", "comment": "x" * 5000}, "comment"),
+    ],
+)
+def test_wrong_feedback_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_feedback(json.dumps(fields).encode())
+    assert caught.value.param == param

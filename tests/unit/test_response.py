@@ -1,0 +1,40 @@
+from dataclasses import replace
+
+import pytest
+
+from app.config import HandoverConfig
+from app.serving.response import concluded
+from app.serving.schema import Conclusion, Draft, Intent
+
+SETTINGS = HandoverConfig(
+    intents=("human_handover",), min_intent_confidence=0.3, min_reply_confidence=0.5, message="A colleague comes."
+)
+DRAFT = Draft(
+    response_id="r", received_at="t", variant="v", model_version="m/1", model_uri="u", messages=(), reply="Sure.",
+    intent=Intent("refund_request", 0.9), status="ok", finish_reason="stop", prompt_tokens=1, completion_tokens=1,
+    confidence=0.9, time_to_first_token_s=0.1, end_to_end_s=0.2, stream=False, user_hash=None,
+)  # fmt: skip
+TOLD = "\n\nA colleague comes."
+
+
+@pytest.mark.parametrize(
+    ("draft", "conclusion"),
+    [
+        (DRAFT, Conclusion("", None)),
+        (replace(DRAFT, intent=None), Conclusion("", None)),
+        (replace(DRAFT, intent=Intent("human_handover", 0.9)), Conclusion("", "intent")),
+        (replace(DRAFT, intent=Intent("refund_request", 0.2)), Conclusion("", "low_intent_confidence")),
+        (replace(DRAFT, confidence=0.4), Conclusion(TOLD, "low_reply_confidence")),
+        (replace(DRAFT, confidence=0.4, reply=""), Conclusion("A colleague comes.", "low_reply_confidence")),
+        (replace(DRAFT, confidence=0.4, intent=Intent("human_handover", 0.9)), Conclusion("", "intent")),
+        (replace(DRAFT, confidence=None, status="cancelled"), Conclusion("", None)),
+    ],
+)
+def test_a_person_takes_over_when_asked_for_or_when_the_bot_is_unsure(draft: Draft, conclusion: Conclusion) -> None:
+    assert concluded(draft, SETTINGS) == conclusion
+
+
+def test_limits_of_zero_never_hand_over() -> None:
+    never = SETTINGS.model_copy(update={"min_intent_confidence": 0.0, "min_reply_confidence": 0.0})
+    draft = replace(DRAFT, intent=Intent("refund_request", 0.0), confidence=0.0)
+    assert concluded(draft, never) == Conclusion("", None)
