@@ -164,14 +164,19 @@ class TrainingConfig(Section):
     """Micro batches added up before a step."""
     max_steps: Count = 300
     """Optimizer steps in all."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the layers learn by Muon, embeddings, norms and biases by AdamW; for training from
+    random weights, where it takes far fewer steps. adamw: everything by AdamW; for going on from a base model."""
     learning_rate: Positive = 2e-3
-    """Peak of the cosine schedule."""
+    """AdamW's peak of the cosine schedule."""
+    muon_learning_rate: Positive = 2e-2
+    """Muon's peak of the same schedule."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps in which the learning rate rises from zero."""
     min_learning_rate_fraction: Fraction = 0.1
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled decay."""
+    """Decoupled weight decay of matrices and embeddings."""
     gradient_clipping: Positive = 1.0
     """Largest gradient norm."""
     report_every_steps: Count = 100

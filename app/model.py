@@ -81,8 +81,7 @@ def load(source: str | Path, **options: Any) -> "tuple[PreTrainedModel, PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    if Path(source).is_dir():
-        check_folder(Path(source))
+    _check_source(source)
     _quiet()
     tokenizer = load_tokenizer(source)
     try:
@@ -166,6 +165,14 @@ def check_folder(folder: Path) -> None:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged ({error})", "restore it or make the version again") from error
+
+
+def _check_source(source: str | Path) -> None:
+    """Refuse a folder that is not there or not a whole model; what a hub id stands for is seen on loading."""
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    elif Path(source).is_absolute():
+        raise ModelError(f"there is no model folder {str(source)!r}", "give an existing folder, a hub id or a preset")
 
 
 def weights_bytes(folder: Path) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 from app.config import TrainingConfig
 
 ADAM_BETAS = (0.9, 0.95)
+MUON_MOMENTUM = 0.95
+"""Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks."""
 
 
 def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
@@ -16,20 +18,13 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "gradient_clipping": training.gradient_clipping,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": training.learning_rate,
-                "betas": list(ADAM_BETAS),
-                "weight_decay": training.weight_decay,
-                # torch's own: DeepSpeed's is compiled on first use and needs nvcc or g++.
-                "torch_adam": True,
-            },
-        },
+        "gradient_clipping": _gradient_clipping(training),
+        "optimizer": _optimizer(training),
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {
             "stage": training.zero_stage,
+            # Muon needs whole matrices (DeepSpeed refuses the two together in stage 3).
+            "reduce_scatter": training.optimizer != "muon",
             "contiguous_gradients": True,
             # Nothing to hide communication behind on a CPU, and gloo has no streams.
             "overlap_comm": training.use_gpu,
@@ -38,6 +33,31 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
         "steps_per_print": math.inf,
         "wall_clock_breakdown": False,
     }
+
+
+def _gradient_clipping(training: TrainingConfig) -> float:
+    """The largest gradient norm; 0 for none.
+
+    Under ZeRO, Muon's orthogonalised update takes the gradient's place before DeepSpeed 0.19 clips, which would
+    shrink every step by its norm, tens of times. Muon's step does not depend on the gradient's norm anyway.
+    """
+    return 0.0 if training.optimizer == "muon" else training.gradient_clipping
+
+
+def _optimizer(training: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's `optimizer` section."""
+    adam = {
+        "betas": list(ADAM_BETAS),
+        "weight_decay": training.weight_decay,
+        # torch's own: DeepSpeed's is compiled on first use and needs nvcc or g++.
+        "torch_adam": True,
+    }
+    if training.optimizer == "adamw":
+        return {"type": "AdamW", "params": {"lr": training.learning_rate, **adam}}
+    rates = {"lr": training.muon_learning_rate, "adam_lr": training.learning_rate}
+    # On a CPU the iteration runs in bf16, which the "gram" form is not stable in.
+    method = "gram" if training.use_gpu else "standard"
+    return {"type": "Muon", "params": {**rates, "momentum": MUON_MOMENTUM, "ns_method": method, **adam}}
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:

@@ -61,7 +61,8 @@ def run(
         rate = learning_rate(position.step, training)
         # Models with dropout draw the same masks when a step is done again after a restart.
         torch.manual_seed(_seed(training.seed, position.step, dist.get_rank()))
-        loss, place, tokens = _step(engine, stream, rate, training.gradient_accumulation_steps)
+        _set_rates(engine, rate, training)
+        loss, place, tokens = _step(engine, stream, training.gradient_accumulation_steps)
         epoch, batch = place
         position = replace(position, step=position.step + 1, epoch=epoch, batch=batch)
         meter.add(loss, tokens)
@@ -94,8 +95,12 @@ def start_engine(model: Any, training: TrainingConfig) -> Any:
 
 def import_deepspeed() -> Any:
     """DeepSpeed, without what a worker has no use for."""
+    import os
     import sys
 
+    if not torch.cuda.is_available():
+        # Muon is compiled by TorchInductor on first use: 17 s on a CPU, and no faster for it (DeepSpeed 0.19).
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Its autotuner imports MLflow if that is there: 2 s a worker for nothing (DeepSpeed 0.19).
     hidden = sys.modules.get("mlflow")
     sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -125,12 +130,17 @@ def validation_loss(engine: Any, blocks: Batch, micro_batch_size: int) -> float:
     return float(total[0] / total[1])
 
 
+def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> None:
+    """Give AdamW's parameters their learning rate, and Muon's the one at the same place of its own schedule."""
+    muon_rate = rate * training.muon_learning_rate / training.learning_rate
+    for group in engine.optimizer.param_groups:
+        group["lr"] = muon_rate if group.get("use_muon") else rate
+
+
 def _step(
-    engine: Any, stream: Iterator[tuple[tuple[int, int], Batch]], rate: float, micro_batches: int
+    engine: Any, stream: Iterator[tuple[tuple[int, int], Batch]], micro_batches: int
 ) -> tuple[float, tuple[int, int], int]:
     """One optimizer step: its loss, the place in the data after it, the tokens it read."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
     losses, tokens = 0.0, 0
     place = (0, 0)
     for after, batch in itertools.islice(stream, micro_batches):

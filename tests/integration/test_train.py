@@ -190,8 +190,9 @@ def every_stage(given: dict[str, Any]) -> None:
                 (folder / name).write_text(json.dumps(losses))
 
 
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 2e-3)])  # Muon iterates in bf16
 def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_resumes_exactly(
-    config: Config, table: TableVersion, tmp_path: Path
+    config: Config, table: TableVersion, tmp_path: Path, optimizer: str, tolerance: float
 ) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -199,7 +200,8 @@ def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_resumes_exactl
     from app import model as models
     from app.training import data
 
-    shorter = config.with_overrides({"training.max_steps": 20, "training.report_every_steps": 10})
+    settings = {"training.optimizer": optimizer, "training.max_steps": 20, "training.report_every_steps": 10}
+    shorter = config.with_overrides(settings)
     _, tokenizer = data.prepare(shorter, table)
     blocks = data.validation_blocks(shorter, table, tokenizer, 40)
     TorchTrainer(
@@ -211,7 +213,7 @@ def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_resumes_exactl
     whole = [json.loads((tmp_path / f"losses-{stage}-whole.json").read_text()) for stage in range(4)]
     resumed = [json.loads((tmp_path / f"losses-{stage}-resumed.json").read_text()) for stage in range(4)]
     for stage in range(4):
-        assert whole[stage]["20"] == pytest.approx(whole[0]["20"], rel=1e-4)
+        assert whole[stage]["20"] == pytest.approx(whole[0]["20"], rel=tolerance)
         assert resumed[stage]["20"] == pytest.approx(whole[stage]["20"], abs=1e-6)
         models.load(tmp_path / f"{stage}-20" / "model")
     sharded = {file.name for file in (tmp_path / "3-20" / "engine").rglob("*.pt")}
@@ -231,7 +233,7 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
 ) -> None:
     # Another model name for each way, so that the runs do not share checkpoints.
     model = f"support-{how.name.lower()}"
-    slower = config.with_overrides({"registry.model": model, "training.max_steps": 400})
+    slower = config.with_overrides({"registry.model": model, "training.max_steps": 150})
     from app.training.trainer import run_name
 
     file = tmp_path / "config.yaml"
@@ -253,7 +255,7 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
         for path in checkpoints(slower, folder.name)
         if not checkpoint.damaged(path)
     )
-    assert 0 < reached < 400, "it was stopped in the middle"
+    assert 0 < reached < 150, "it was stopped in the middle"
 
     output = submit(file).communicate(timeout=240)[0]
     line = json.loads(output.splitlines()[-1])
@@ -301,7 +303,7 @@ def test_base_model_that_cannot_be_loaded_is_refused_before_workers_start(
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for base_model, sentence in (
         ("preset:huge", "there is no preset 'huge': presets are tiny, small, base"),
-        (str(tmp_path / "missing"), "cannot load model"),
+        (str(tmp_path / "missing"), "there is no model folder '.*missing'"),
         (str(tmp_path), "holds no safetensors weights"),
     ):
         with pytest.raises(ModelError, match=sentence):

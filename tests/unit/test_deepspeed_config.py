@@ -24,6 +24,13 @@ def test_deepspeed_accepts_the_configuration(stage: int) -> None:
     assert read.gradient_clipping == 1.0
 
 
+def test_muon_is_not_clipped_after_its_update_has_taken_the_place_of_the_gradient() -> None:
+    given = deepspeed_config(training(optimizer="muon", muon_learning_rate=0.03, learning_rate=4e-3))
+    assert given["gradient_clipping"] == 0.0
+    assert given["zero_optimization"]["reduce_scatter"] is False
+    assert (given["optimizer"]["params"]["lr"], given["optimizer"]["params"]["adam_lr"]) == (0.03, 4e-3)
+
+
 def test_learning_rate_rises_in_the_warm_up_and_falls_to_its_floor() -> None:
     settings = training(max_steps=100, warmup_fraction=0.1, learning_rate=1.0, min_learning_rate_fraction=0.2)
     rates = [learning_rate(step, settings) for step in range(101)]
