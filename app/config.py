@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from app.errors import ConfigError
@@ -26,6 +26,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+VersionName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""MLflow's versions are numbers, which YAML reads as such."""
 
 Stage = Literal["ingest", "tune", "train", "compress", "evaluate", "serve", "monitor"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -55,7 +57,7 @@ class InputsConfig(Section):
 
     snapshot_id: int | None = None
     """Snapshot of `ingestion.table` to read."""
-    model_version: str | None = None
+    model_version: VersionName | None = None
     """Version of `registry.model` to compress, evaluate or serve."""
 
 
@@ -287,8 +289,8 @@ class EvaluationConfig(Section):
 class VariantConfig(Section):
     """One model version that is served; `jobs.serve` fills these in from the registry."""
 
-    name: str
-    """What `x-rayloop-variant` and the traffic log call it."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
+    """What `x-rayloop-variant`, the traffic log and the metrics call it."""
     model: str = "support"
     """Its name in the registry."""
     version: str
@@ -506,11 +508,17 @@ def _explain(problem: ErrorDetails, where: Any) -> str:
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{place} is not a setting; {hint}allowed here: {', '.join(allowed)}"
-    value = json.dumps(problem["input"], default=str) if not isinstance(problem["input"], dict) else "a section"
+    value = (
+        json.dumps(problem["input"], default=str, ensure_ascii=False)
+        if not isinstance(problem["input"], dict)
+        else "a section"
+    )
     if problem["type"] == "missing":
         return f"{place} is missing and has no default"
     unit = _unit(str(location[-1]) if location else "")
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = (
+        problem["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    )
     return f"{place}: {message}{unit}, got {value}"
 
 

@@ -65,14 +65,14 @@ class LanguageModel:
         except EngineFull:
             yield Refused(429, "too many requests are waiting for the model; try again shortly", "overloaded")
             return
-        self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
+        self._show_slots()
         try:
             yield Started(len(prompt))
             async for event in _merged(events, request.stream):
                 yield event
         finally:
             self._engine.cancel(running)
-            self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
+            self._show_slots()
 
     async def ready(self) -> Readiness:
         """Answers once the model is loaded."""
@@ -86,9 +86,13 @@ class LanguageModel:
         )
 
     def check_health(self) -> None:
-        """Serve calls this; raising makes it start another replica."""
+        """Serve calls this every ten seconds; raising makes it start another replica."""
+        self._show_slots()  # Ray forgets a gauge that is not set for 20 s
         if self._engine.failure:
             raise RuntimeError(f"the engine ended: {type(self._engine.failure).__name__}")
+
+    def _show_slots(self) -> None:
+        self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
 
     def _accept(self, request: GenerationRequest) -> tuple[list[int], int] | Refused:
         """The prompt's tokens and how many may follow, if they fit into the context."""

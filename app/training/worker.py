@@ -121,6 +121,7 @@ class _Teller:
         self._loss = telemetry.gauge(telemetry.TRAINING_LOSS)
         self._validation_loss = telemetry.gauge(telemetry.VALIDATION_LOSS)
         self._tokens_per_s = telemetry.gauge(telemetry.TRAINING_TOKENS_PER_SECOND)
+        self._latest_validation_loss: float | None = None
 
     def start(self, resume: Path | None) -> None:
         from_step = checkpoint.state(resume)["position"]["step"] if resume else 0
@@ -129,6 +130,8 @@ class _Teller:
     def step(self, values: dict[str, float]) -> None:
         self._loss.set(values["loss"], tags=self._run)
         self._tokens_per_s.set(values["tokens_per_s"], tags=self._run)
+        if self._latest_validation_loss is not None:  # again, since Ray forgets a gauge that is not set for 20 s
+            self._validation_loss.set(self._latest_validation_loss, tags=self._run)
         self._post({"kind": "step", **values})
 
     def report(self, metrics: dict[str, float], folder: Path | None) -> None:
@@ -138,7 +141,7 @@ class _Teller:
 
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         if self._rank == 0:
-            self._validation_loss.set(metrics["validation_loss"], tags=self._run)
+            self._latest_validation_loss = metrics["validation_loss"]
             self._post({"kind": "report", **metrics})
 
     def _post(self, event: Event) -> None:

@@ -72,6 +72,17 @@ def test_numbers_in_exponent_form_are_numbers(file: Path) -> None:
     assert load(file, ["training.weight_decay=5e-2"]).training.learning_rate == 1e-3
 
 
+def test_a_version_may_be_written_as_a_number(file: Path) -> None:
+    file.write_text("")
+    assert load(file, ["inputs.model_version=3"]).inputs.model_version == "3"
+
+
+def test_a_variant_has_a_name_that_metrics_can_carry(file: Path) -> None:
+    message = refusal(file, "serving: {variants: [{name: größer, version: '1', uri: /m}]}")
+    assert "serving.variants.0.name" in message
+    assert "größer" in message
+
+
 def test_a_string_is_not_taken_for_a_number(file: Path) -> None:
     assert "must be a valid integer" in refusal(file, "training: {max_steps: '50'}")
 
