@@ -21,6 +21,8 @@ echo "submitting the lifecycle with $config; each stage is a Ray job of its own"
 
 api=http://127.0.0.1:$RAYLOOP_HTTP_PORT
 key=$(cat "$RAYLOOP_API_KEY_FILE")
+store=$(.venv/bin/python -c 'import sys; from app.config import load; from app.storage import resolve
+print(resolve(load(sys.argv[1]).storage.uri))' "$config")
 cat <<END
 
 The chatbot answers, $((SECONDS - started)) s after the start.
@@ -29,10 +31,10 @@ The chatbot answers, $((SECONDS - started)) s after the start.
   API            $api/v1, key in .rayloop/api_key
                  curl $api/v1/chat/completions -H "Authorization: Bearer \$(cat .rayloop/api_key)" \\
                    -H 'Content-Type: application/json' \\
-                   -d '{"model": "support", "messages": [{"role": "user", "content": "Where is my order 4512?"}]}'
+                   -d '{"model": "champion", "messages": [{"role": "user", "content": "Where is my order 4512?"}]}'
   Ray dashboard  $RAY_DASHBOARD (token: cat .rayloop/token)
-  MLflow         .venv/bin/mlflow ui --backend-store-uri sqlite:///$PWD/.rayloop/store/mlflow.db --port 5000
+  MLflow         .venv/bin/mlflow ui --backend-store-uri sqlite:///$store/mlflow.db --port 5000
   Metrics        $RAYLOOP_METRICS
-  Reports        .rayloop/store/reports
+  Reports        $store/reports
   Stop           make stop
 END

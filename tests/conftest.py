@@ -28,6 +28,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole path comes last: it deploys over the application that the other tests talk to."""
+    items.sort(key=lambda item: "end_to_end" in item.path.parts)
+
+
 @dataclass(frozen=True)
 class RunningCluster:
     """Addresses of the suite's cluster."""

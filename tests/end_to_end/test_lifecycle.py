@@ -28,13 +28,14 @@ training:
   report_every_steps: 20
   validation_blocks: 16
   learning_rate: 5e-3
+  optimizer: muon
+  precision: bf16
 tuning: {{trials: 2, concurrent_trials: 2, max_steps: 4, grace_steps: 2}}
 compression: {{max_perplexity_increase: 0.2, min_bytes_reduction: 0.1}}
 evaluation: {{replies: 24, max_reply_tokens: 16}}
 serving: {{port: {port}}}
 monitoring: {{interval_s: 2}}
 """
-pytestmark = pytest.mark.slow  # three walks of the whole path
 
 STAGES = ["ingest", "tune", "train", "compress", "evaluate", "serve", "monitor"]
 
