@@ -128,7 +128,8 @@ class _Batch:
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.done = threading.Event()
-        self.error: StorageError | None = None
+        # Taken back once they are there, so that whatever cuts the writing short acknowledges nothing.
+        self.error: StorageError | None = StorageError("the traffic log's writer failed", "see the replica's log")
 
 
 class _Segments:
@@ -161,6 +162,7 @@ class _Segments:
                 self._write_local(content)
             else:
                 self._storage.write(content, "traffic", self._folder, self._next_name())
+            batch.error = None
         except OSError as error:
             self._file = None  # what it holds now is unknown: go on in a new one
             batch.error = StorageError(f"cannot log traffic below {self._storage.root_uri} ({error})")

@@ -174,6 +174,43 @@ def test_a_record_that_cannot_be_written_is_not_acknowledged_and_the_next_one_ca
     assert find(storage, after.response_id)[0] == after
 
 
+def test_a_record_that_waits_behind_a_writer_that_breaks_is_not_acknowledged(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = TrafficLog(storage, new_writer("a"))
+    log.append(exchange())
+    real, writing, may_break = os.fsync, threading.Event(), threading.Event()
+    outcomes: list[str] = []
+
+    def breaks(descriptor: int) -> None:
+        if not writing.is_set():  # the first holds the pen until the other two share the next batch
+            writing.set()
+            may_break.wait(10)
+            return real(descriptor)
+        raise MemoryError("unexpected")
+
+    def append() -> None:
+        try:
+            log.append(exchange())
+            outcomes.append("acknowledged")
+        except (MemoryError, StorageError) as error:
+            outcomes.append(type(error).__name__)
+
+    monkeypatch.setattr(os, "fsync", breaks)
+    threads = [threading.Thread(target=append) for _ in range(3)]
+    threads[0].start()
+    writing.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    batch = log._files[Exchange]._batch
+    while len(batch.lines) < 2:
+        time.sleep(0.001)
+    may_break.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(outcomes) == ["MemoryError", "StorageError", "acknowledged"]
+
+
 def test_a_store_without_appending_gets_an_object_for_each_commit(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     # A filesystem that is not the local one takes the way of object stores.
