@@ -7,6 +7,7 @@
     ├── SourceError                       a source that is missing or unreadable
     ├── TableError                        a table or table version that is not there
     ├── RegistryError                     a model version or alias that is not there
+    ├── ResponseNotFound                  an id that no answer carries
     ├── ModelError                        a model folder that cannot be loaded safely
     ├── StageRefused                      a stage did its work and its gate said no
     ├── StageFailed                       a stage could not do its work
@@ -56,6 +57,10 @@ class TableError(RayloopError):
 
 class RegistryError(RayloopError):
     """A run, model version or alias does not exist."""
+
+
+class ResponseNotFound(RayloopError):
+    """No answer with that id was ever given."""
 
 
 class ModelError(RayloopError):

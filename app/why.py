@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from app import lineage, traffic
-from app.errors import ModelError, StorageError
+from app.errors import ModelError, ResponseNotFound, StorageError
 from app.storage import Storage
 
 
@@ -17,11 +17,12 @@ def why(storage: Storage, response_id: str) -> dict[str, Any]:
     Where the model folder can no longer tell, `model.missing` says why and the chain ends there.
 
     Raises:
-        StorageError: No such response was ever given.
+        ResponseNotFound: No such response was ever given.
+        StorageError: The traffic log cannot be read.
     """
     exchange, feedback = traffic.find(storage, response_id)
     if exchange is None:
-        raise StorageError(
+        raise ResponseNotFound(
             f"there is no response {response_id!r} in {storage.uri('traffic')}",
             "give the `id` of a response that this service answered",
         )

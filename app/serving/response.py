@@ -6,7 +6,7 @@ from typing import Any
 
 from app import traffic
 from app.config import HandoverConfig, ServingConfig
-from app.errors import StorageError
+from app.errors import ResponseNotFound, StorageError
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Refused
 from app.storage import Storage
 from app.telemetry import FEEDBACK, HANDOVERS, counter, set_up_logging
@@ -54,8 +54,11 @@ class ResponseManagement:
         """The chain behind an answer, see app/why.py."""
         try:
             return await asyncio.to_thread(why, self._storage, response_id)
-        except StorageError:
+        except ResponseNotFound:
             return _unknown(response_id, None)
+        except StorageError as error:
+            logger.error("the traffic log cannot be read: %s", error)
+            return Refused(503, "the traffic log cannot be read at the moment; try again", "log_unavailable")
 
 
 def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:

@@ -1,10 +1,14 @@
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from app.config import HandoverConfig
-from app.serving.response import concluded
-from app.serving.schema import Conclusion, Draft, Intent
+from app.config import HandoverConfig, ServingConfig
+from app.serving.response import ResponseManagement, concluded
+from app.serving.schema import Conclusion, Draft, FeedbackRequest, Intent, Refused
+from app.storage import Storage
+from app.traffic import new_response_id, new_writer
 
 SETTINGS = HandoverConfig(
     intents=("human_handover",), min_intent_confidence=0.3, min_reply_confidence=0.5, message="A colleague comes."
@@ -38,3 +42,19 @@ def test_limits_of_zero_never_hand_over() -> None:
     never = SETTINGS.model_copy(update={"min_intent_confidence": 0.0, "min_reply_confidence": 0.0})
     draft = replace(DRAFT, intent=Intent("refund_request", 0.0), confidence=0.0)
     assert concluded(draft, never) == Conclusion("", None)
+
+
+def test_an_id_that_was_never_given_is_not_found_and_a_log_that_cannot_be_read_is_said_so(store: str) -> None:
+    management = ResponseManagement(ServingConfig(storage_uri=store))
+    asked = new_response_id()
+    unknown = asyncio.run(management.why(asked))
+    assert isinstance(unknown, Refused)
+    assert (unknown.status, unknown.code) == (404, "response_not_found")
+    # A folder where a file of the log should be: it is listed and cannot be read.
+    Path(Storage(store).path("traffic", "exchanges", f"{new_writer('response')}-000000.jsonl")).mkdir(parents=True)
+    unreadable = asyncio.run(management.why(asked))
+    assert isinstance(unreadable, Refused)
+    assert (unreadable.status, unreadable.code) == (503, "log_unavailable")
+    refused = asyncio.run(management.feedback(FeedbackRequest(asked, 1, None, None)))
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code) == (503, "log_unavailable")
