@@ -5,12 +5,16 @@ million weights they take longer than the product itself. Small layers therefore
 as they are, turned into the activations' number format for the moment, and scale the result. Large layers keep
 LLM.int8(), whose int8 product is faster than one in floating point.
 
+A base model that adapters are trained on computes so in all its layers (`prepare_for_adapters`): LLM.int8() would
+quantise the activations in evaluation and not in training, and the adapters fit what they were trained beside.
+
 torch's own kernel for the purpose, `torch._weight_int8pack_mm`, was faster still and is not used: in torch 2.13 it
 ends the process where a weight does not begin at a multiple of 16 bytes, and is wrong for odd shapes.
 """
 
 from typing import Any
 
+import bitsandbytes
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from transformers import PreTrainedModel
@@ -30,12 +34,20 @@ def hasten(model: PreTrainedModel) -> None:
     layers = [module for module in model.modules() if type(module) is Linear8bitLt]
     small = [layer for layer in layers if layer.weight.numel() <= SMALL_LAYER]
     for layer in small:
-        layer.__class__ = SmallLinear8bit
+        layer.__class__ = DequantisingLinear8bit
     if len(small) == len(layers):
         torch.nn.Module.float(model)
 
 
-class SmallLinear8bit(Linear8bitLt):
+def prepare_for_adapters(model: PreTrainedModel) -> None:
+    """Let all int8 layers of a model on a CPU multiply with their dequantised weights, in training and evaluation."""
+    if model.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, Linear8bitLt):
+                module.__class__ = DequantisingLinear8bit
+
+
+class DequantisingLinear8bit(Linear8bitLt):
     """A Linear8bitLt whose activations are not quantised."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +55,13 @@ class SmallLinear8bit(Linear8bitLt):
         layer: Any = self  # its weight and state are not typed
         if layer.weight.CB is not None:
             layer.init_8bit_state()
+        if x.requires_grad and torch.is_grad_enabled():
+            # Keeps the int8 weight for the backward pass, where autograd would keep each layer's dequantised copy.
+            layer.state.is_training = True
+            through: torch.Tensor = bitsandbytes.matmul(  # type: ignore[attr-defined]
+                x, layer.weight, bias=self.bias, state=layer.state
+            )
+            return through
         product = torch.nn.functional.linear(x, layer.state.CB.to(x.dtype)) * layer.state.SCB.div(127.0)
         if self.bias is not None:
             product = product + self.bias

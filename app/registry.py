@@ -12,6 +12,7 @@ newest compressed version, `champion` the newest that passed evaluation.
 
 import os
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from app.config import Config
@@ -99,6 +100,16 @@ class Registry:
         now_ms = int(time.time() * 1_000)
         self._client.log_batch(run_id, [Metric(key, float(value), now_ms, step) for key, value in metrics.items()])
 
+    def history(self, run_id: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+        """Metrics of a run by name, as (step, value) in the order of the steps; of one logged twice, as a step that is
+        done again after a restart, the later value. What was never logged is left out."""
+        found = {name: self._client.get_metric_history(run_id, name) for name in names}
+        return {
+            name: sorted({each.step: each.value for each in sorted(values, key=lambda each: each.timestamp)}.items())
+            for name, values in found.items()
+            if values
+        }
+
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Put tags on a run."""
         for key, value in tags.items():
@@ -168,6 +179,45 @@ class Registry:
         except RegistryError:
             return False
         return Storage(version.uri).exists("config.json")
+
+    def all_versions(self) -> list[tuple[ModelVersion, dict[str, str]]]:
+        """Every version of every model, with its tags; none where there is no store, which asking does not make.
+
+        Raises:
+            RegistryError: The store does not answer, or is damaged.
+            ConfigError: The storage is remote and no tracking server is named.
+        """
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        tracking_uri(self.config)
+        if self._embedded and not Storage(self.config.storage.uri).exists("mlflow.db"):
+            return []
+        found: list[Registered] = []
+        token = None
+        try:
+            while True:
+                page = self._client.search_model_versions(max_results=1_000, page_token=token)
+                found += page
+                token = page.token
+                if not token:
+                    break
+        except (MlflowException, SQLAlchemyError) as error:
+            raise RegistryError(
+                f"the model registry cannot be asked ({type(error).__name__})",
+                "check storage.tracking_uri, or that mlflow.db under storage.uri is an intact SQLite file",
+            ) from error
+        return [
+            (
+                ModelVersion(each.name, str(each.version), each.tags.get("rayloop.uri", str(each.source))),
+                dict(each.tags),
+            )
+            for each in found
+        ]
+
+    def tag_version(self, version: ModelVersion, key: str, value: str) -> None:
+        """Put a tag on a version, of whatever model."""
+        self._client.set_model_version_tag(version.model, version.version, key, value)
 
     def _experiment_id(self) -> str:
         name = self.config.registry.experiment

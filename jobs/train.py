@@ -16,13 +16,19 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     """Train, going on from the checkpoints of an earlier attempt."""
     from app.training.trainer import train
 
+    if "base_model" in inputs:
+        base = ModelVersion(**inputs["base_model"])
+        config = config.with_overrides({"training.base_model": f"models:/{base.model}/{base.version}"})
     trained = train(config, TableVersion(**inputs["table"]))
     return Outcome({"model": as_json(trained.version)}, trained.figures)
 
 
 def inputs(config: Config) -> dict[str, Any]:
-    """The table version to train on."""
-    return {"table": as_json(tables.version(config))}
+    """The table version to train on, and the registered version to start from if the base model is one."""
+    from app.training.base_model import registered
+
+    base = registered(config)
+    return {"table": as_json(tables.version(config)), **({"base_model": as_json(base)} if base else {})}
 
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:

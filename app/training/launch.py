@@ -1,6 +1,8 @@
 """Start Ray Train workers, hear what they say, and turn their failures into sentences."""
 
 import functools
+import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -8,19 +10,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app import model as models
 from app.config import Config, TrainingConfig
 from app.errors import ClusterError, RayloopError, StageFailed
 from app.storage import Storage
-from app.training import data
+from app.training import adapters, checkpoint, data, preference_blocks
+from app.training.base_model import source
 from app.training.worker import Board, Event, WorkerSettings, work
 from app.versions import TableVersion
 
 if TYPE_CHECKING:
     from ray.train import Result
 
+logger = logging.getLogger(__name__)
+
 POLL_S = 1.0
+_RESUBMIT = "a job submitted again goes on from the last checkpoint"
 
 
 def run_training(
@@ -34,14 +41,16 @@ def run_training(
 ) -> "Result":
     """Train on the cluster, from the newest whole checkpoint under `storage_path`/`run_name` if there is one.
 
-    `report` hears on a thread of this process of every `kind` of event: start {pid, rank, from_step}, step
-    {step, loss, tokens_per_s}, report {the metrics} and, every second, tick; `callbacks` are Ray Train's.
+    `report` hears on a thread of this process of every `kind` of event: start {pid, rank, workers, from_step}, step
+    {step, loss, tokens_per_s}, bad_loss {step, loss, action}, report {the metrics} and, every second, tick; `callbacks`
+    are Ray Train's.
 
     Raises:
         ClusterError: The cluster can never hold the workers.
-        StageFailed: Workers failed more often than `training.max_failures`.
+        StageFailed: Workers failed more often than `training.max_failures`, or the loss is bad.
     """
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.exceptions import RayActorError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -49,8 +58,12 @@ def run_training(
     # How often Ray Train looks at its workers: reports and failures are seen as late (2 s by default).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     training = config.training
+    if training.min_workers < training.max_workers:
+        # For a while after a node has gone Ray counts on it, and waits so long for room there (60 s by default).
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     check_cluster(training)
     packed, _ = data.prepare(config, table)
+    pairs = preference_blocks.prepare(config, table) if training.objective == "dpo" else None
     storage = Storage(storage_path)
     # RunConfig's types are those of Ray Train v1, which has no logging_config (Ray 2.60).
     settings: dict[str, Any] = {
@@ -58,27 +71,42 @@ def run_training(
         "storage_path": storage.root_path,
         "storage_filesystem": storage.filesystem,
         "failure_config": FailureConfig(max_failures=training.max_failures),
-        "checkpoint_config": CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        # Ray Train keeps the newest one besides.
+        "checkpoint_config": CheckpointConfig(
+            num_to_keep=training.keep_checkpoints,
+            checkpoint_score_attribute="validation_loss",
+            checkpoint_score_order="min",
+        ),
         "callbacks": list(callbacks),
         "logging_config": LoggingConfig(log_level="WARNING"),
     }
+    # Likewise ScalingConfig's, and Result's below.
+    workers: dict[str, Any] = {
+        "num_workers": training.num_workers,
+        "elastic_resize_monitor_interval_s": training.resize_interval_s,
+        "use_gpu": training.use_gpu,
+        "resources_per_worker": {"CPU": training.cpus_per_worker, **({"GPU": 1} if training.use_gpu else {})},
+    }
     with _listening(report) as board:
         # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
-        trainer = TorchTrainer(
-            functools.partial(work, WorkerSettings(config, packed, storage.root_uri, run_name, board)),
-            scaling_config=ScalingConfig(
-                num_workers=training.num_workers,
-                use_gpu=training.use_gpu,
-                resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": 1} if training.use_gpu else {})},
-            ),
-            run_config=RunConfig(**settings),
-            datasets={"train": data.read(packed)},
-            dataset_config=DataConfig(enable_shard_locality=False, execution_options=data.in_order()),
-        )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _explained(error, training) from error
+        told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
+        run: Any = functools.partial(work, told)
+        checkpoint.remove_unfinished(storage, run_name)
+        for failures in itertools.count(1):
+            trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
+            try:
+                result: Any = trainer.fit()
+                break
+            except TrainingFailedError as error:
+                raise _explained(error, training) from error
+            except RayActorError as error:  # the controller, and with it its workers
+                if 0 <= training.max_failures < failures:
+                    raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
+                logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
+    if result.return_value is not None:
+        raise result.return_value
+    ended: Result = result
+    return ended
 
 
 def check_base_model(config: Config) -> None:
@@ -91,7 +119,10 @@ def check_base_model(config: Config) -> None:
     if models.is_preset(base_model):
         models.preset(base_model)
     else:
-        models.load(data.source(base_model))
+        place = source(base_model)
+        model = adapters.load_base(config.training, place)
+        if config.training.method == "lora":
+            adapters.check(config.training, model, models.load_tokenizer(place))
 
 
 def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
@@ -106,7 +137,7 @@ def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
         for node in ray.nodes()
         if node["Alive"]
     )
-    workers = training.num_workers * groups
+    workers = training.min_workers * groups
     if room < workers:
         there = ray.cluster_resources()
         raise ClusterError(
@@ -122,7 +153,9 @@ def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
     if report is None:
         yield None
         return
-    board: Any = ray.remote(Board).options(num_cpus=0).remote()
+    # Beside this process, with which it ends: any other node may leave while the training goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -158,7 +191,7 @@ def _explained(error: Any, training: TrainingConfig) -> RayloopError:
     return StageFailed(
         f"training ended with a failure of worker {rank} after {training.max_failures} restarts "
         f"({type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''})",
-        "see the worker's log on the dashboard's Train page; a job submitted again goes on from the last checkpoint",
+        f"see the worker's log on the dashboard's Train page; {_RESUBMIT}",
     )
 
 

@@ -1,14 +1,15 @@
 """The loop of one training worker: batches in, steps, reports out. It knows DeepSpeed and nothing of Ray.
 
-It runs wherever torch.distributed is set up: under Ray Train, or under torchrun.
+It runs wherever torch.distributed is set up: under Ray Train, or under torchrun and deepspeed (standalone.py).
 """
 
-import itertools
 import logging
 import math
-import tempfile
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,89 +17,187 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
 
 from app.config import TrainingConfig
-from app.training import checkpoint
-from app.training.checkpoint import Position
+from app.errors import StageFailed
+from app.training import checkpoint, dpo, loss, parallel
+from app.training.checkpoint import Position, Score, Snapshot
 from app.training.deepspeed_config import deepspeed_config, learning_rate
 from app.training.packing import NOT_LEARNED, tokens_in
+from app.training.parallel import Batch, Group
+from app.training.utilisation import Utilisation
 
 logger = logging.getLogger(__name__)
 
-# Axes: B blocks of a micro batch, T tokens of a block, V vocabulary, L learned positions
-Batch = dict[str, np.ndarray]
-Batches = Callable[[int], Iterator[Batch]]
-"""The batches of this worker in an epoch: always the same ones in the same order, as many on every worker."""
+Take = Callable[[int, int], Batch]
+"""The blocks of a run's sequence from a place on, so many: the same ones on every worker, and without end."""
+
+LOSSES = 50
+"""Steps whose median a loss is compared with."""
+FEW_LOSSES = 10
+"""Fewer of them say little yet."""
+JUMP_NATS = 1.0
+"""A jump is at least as high: near zero a loss may well be many times another."""
+_REMEDY = "lower training.learning_rate; the run goes on from its last checkpoint when it is submitted again"
+ATTENTION = {"flex": "flex_attention", "flash": "flash_attention_2"}
+"""What transformers calls them."""
+NOTICE_INTERVAL_S = 5.0
+"""About the seconds between two looks at whether a worker's node is about to go, which take some milliseconds."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop tells its surroundings."""
+    """What the loop tells its surroundings, and asks them."""
 
-    report: Callable[[dict[str, float], Path | None], None]
-    """On every worker, with its part of a checkpoint if one is kept; the folder is gone afterwards."""
+    report: Callable[[dict[str, float], Snapshot | None], None]
+    """On every worker, with its part of a checkpoint if one is kept, which may be written later on."""
     step: Callable[[dict[str, float]], None]
     """On worker 0, after each step."""
+    bad_loss: Callable[[dict[str, Any]], None] = lambda event: None
+    """On worker 0, when a loss is bad: {step, loss, action}."""
+    newest: Callable[[], AbstractContextManager[Path | None]] = nullcontext
+    """On every worker at once: the newest whole checkpoint of this run."""
+    preempted: Callable[[], bool] = lambda: False
+    """On every worker at once: whether the node of any of them is about to go."""
 
 
 def run(
     model: Any,
     tokenizer: Any,
     training: TrainingConfig,
-    batches: Batches,
+    take: Take,
     validation: Batch,
     hooks: Hooks,
     resume: Path | None = None,
     checkpoints: bool = True,
+    preferences: Batch | None = None,
 ) -> None:
-    """Train to `training.max_steps`, on every worker at once, from a checkpoint if there is one."""
+    """Train to `training.max_steps`, on every worker at once, from a checkpoint if there is one.
+
+    `preferences` are the held-out pairs of `training.objective` dpo, whose batches are those of app/training/dpo.py.
+
+    Raises:
+        StageFailed: The loss is bad, and it is to be met by stopping, or cannot be met otherwise. Raised by all
+            workers alike.
+    """
+    blocks_per_step = checkpoint.state(resume)["blocks_per_step"] if resume else training.blocks_per_step
+    training = _on_so_many_workers(training, blocks_per_step, Group.of(training).groups)
     engine = start_engine(model, training)
+    computed = Computed(engine, training)
     position = checkpoint.restore(engine, resume) if resume else Position()
-    stream = _micro_batches(batches, position)
+    stream = _Stream(take, training, position.blocks)
+    losses = _Losses(training)
+    notice = _Notice(hooks, position.step)
     meter = _Meter(position)
+    usage = Utilisation(engine, training) if dist.get_rank() == 0 else None
     while position.step < training.max_steps:
         rate = learning_rate(position.step, training)
         # Models with dropout draw the same masks when a step is done again after a restart.
         torch.manual_seed(_seed(training.seed, position.step, dist.get_rank()))
         _set_rates(engine, rate, training)
-        loss, place, tokens = _step(engine, stream, training.gradient_accumulation_steps)
-        epoch, batch = place
-        position = replace(position, step=position.step + 1, epoch=epoch, batch=batch)
-        meter.add(loss, tokens)
-        if dist.get_rank() == 0:
-            hooks.step({"step": position.step, "loss": loss, "learning_rate": rate, **meter.rate()})
-        if position.step % training.report_every_steps == 0 or position.step == training.max_steps:
-            position, metrics = _judge(engine, training, validation, position, meter)
-            if checkpoints:
-                with tempfile.TemporaryDirectory() as folder:
-                    checkpoint.save(engine, tokenizer, Path(folder), position, metrics)
-                    hooks.report(metrics, Path(folder))
-            else:
-                hooks.report(metrics, None)
+        began = stream.next_step(losses.left_out)
+        done = computed.step(stream, training.gradient_accumulation_steps, losses.is_good)
+        if not losses.is_good(done.loss):
+            if dist.get_rank() == 0:
+                hooks.bad_loss({"step": position.step + 1, "loss": done.loss, "action": training.on_bad_loss})
+            losses.meet(done.loss, position.step + 1, began)
+            if training.on_bad_loss == "roll_back":
+                position = _rolled_back(engine, hooks, done.loss, position.step + 1)
+                stream = _Stream(take, training, position.blocks)
+                meter = _Meter(position)
+                continue
+        else:
+            losses.add(done.loss)
+            meter.add(done)
+        position = replace(position, step=position.step + 1, blocks=stream.place)
+        if usage is not None:
+            speed = meter.rate(computed.group.groups)
+            values = {
+                "loss": done.loss,
+                "learning_rate": rate,
+                **_gradient_norm(engine, training),
+                "step_s": done.seconds,
+            }
+            hooks.step({"step": position.step, **values, **speed, **usage.figures(speed["tokens_per_s"])})
+        ends = position.step == training.max_steps
+        if notice.came(position.step) or ends or position.step % training.report_every_steps == 0:
+            position, metrics = _judge(computed, training, validation, position, meter)
+            if preferences is not None:
+                shares = _shares(preferences, dist.get_rank(), dist.get_world_size(), training.micro_batch_size)
+                metrics |= dpo.validate(engine, shares, training.dpo.beta)
+            part = None
+            if checkpoints and math.isfinite(metrics["validation_loss"]):
+                few = {name: column[: checkpoint.SCORED_BLOCKS] for name, column in validation.items()}
+                score = Score(few, math.exp(computed.validation_loss(few, training.micro_batch_size)))
+                part = checkpoint.snapshot(engine, tokenizer, position, blocks_per_step, metrics, score)
+            elif ends and checkpoints:
+                raise StageFailed("the validation loss at the end is not finite", _REMEDY)
+            hooks.report(metrics, part)
             meter = _Meter(position)
 
 
+def _on_so_many_workers(training: TrainingConfig, blocks_per_step: int, workers: int) -> TrainingConfig:
+    """The settings with which so many workers, or groups of them, learn from so many blocks a step, or nearly so."""
+    at_once = training.micro_batch_size * workers
+    accumulation = max(1, round(blocks_per_step / at_once))
+    if accumulation * at_once != blocks_per_step and dist.get_rank() == 0:
+        logger.warning(
+            "a step learns from %d blocks instead of the %d that this run began with: these do not divide into micro "
+            "batches of %d blocks on %d workers",
+            accumulation * at_once, blocks_per_step, training.micro_batch_size, workers,
+        )  # fmt: skip
+    return training.model_copy(update={"gradient_accumulation_steps": accumulation})
+
+
 def start_engine(model: Any, training: TrainingConfig) -> Any:
-    """A DeepSpeed engine around the model."""
-    deepspeed = import_deepspeed()
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    plain = [weight for weight in model.parameters() if weight.ndim <= 1]
+    """A DeepSpeed engine around the model.
+
+    Raises:
+        ModelError: The model cannot be trained with these settings.
+        StageFailed: The node lacks what they need.
+    """
+    deepspeed = import_deepspeed(training.compile)
+    loss.check(model)
+    if training.offload_parameters == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise StageFailed(
+                "training.offload_parameters=nvme needs libaio and its headers, which are not on this node",
+                "install libaio-dev, or set training.offload_parameters=cpu",
+            )
+    if training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if training.attention != "sdpa":
+        try:
+            model.set_attn_implementation(ATTENTION[training.attention])
+        except ImportError as error:
+            raise StageFailed(
+                f"training.attention={training.attention} cannot be had on this node ({error})",
+                "install what it needs, or set training.attention=sdpa",
+            ) from error
+    mpu = parallel.share_blocks(model, training) if training.sequence_parallel_size > 1 else None
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    decayed = [weight for weight in trained if weight.ndim > 1]
+    plain = [weight for weight in trained if weight.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[group for group in groups if group["params"]],
-        config=deepspeed_config(training),
+        config=deepspeed_config(training, [weight.numel() for weight in model.parameters()]),
+        mpu=mpu,
     )
+    if training.compile:
+        engine.compile()
     return engine
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed(compiles: bool = False) -> Any:
     """DeepSpeed, without what a worker has no use for."""
     import os
     import sys
 
-    if not torch.cuda.is_available():
+    if not (compiles or torch.cuda.is_available()):
         # Muon is compiled by TorchInductor on first use: 17 s on a CPU, and no faster for it (DeepSpeed 0.19).
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Its autotuner imports MLflow if that is there: 2 s a worker for nothing (DeepSpeed 0.19).
@@ -115,19 +214,86 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def validation_loss(engine: Any, blocks: Batch, micro_batch_size: int) -> float:
-    """Mean negative log-likelihood of a learned token, over the blocks of all workers together."""
-    rank, workers = dist.get_rank(), dist.get_world_size()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    engine.eval()
-    with torch.no_grad():
-        for batch in _shares(blocks, rank, workers, micro_batch_size):
-            logits_LV, targets_L = _learned(engine, batch)
-            total[0] += cross_entropy(logits_LV.float(), targets_L, reduction="sum").double()
-            total[1] += len(targets_L)
-    engine.train()
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
+@dataclass(frozen=True)
+class Done:
+    """What a step did."""
+
+    loss: float
+    """Mean over the micro batches of all workers."""
+    tokens: int
+    """That this worker's group read, without padding."""
+    seconds: float
+    waited_s: float
+    """For data, of those."""
+
+
+class Computed:
+    """An engine and the loss it computes, together with the other workers of its group."""
+
+    def __init__(self, engine: Any, training: TrainingConfig) -> None:
+        self.engine = engine
+        self.group = Group.of(training)
+        self._beta = training.dpo.beta if training.objective == "dpo" else None
+        self._head = loss.Head(engine.module, training.loss_chunk_tokens)
+        # DeepSpeed 0.19 adds up the gradients of a group's parts of the blocks, yet takes their mean where it scatters
+        # them under ZeRO 3.
+        takes_mean = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
+        self._parts = self.group.size if self.group.splits_blocks and takes_mean else 1
+
+    def step(self, stream: Iterator[Batch], micro_batches: int, good: Callable[[float], bool]) -> Done:
+        """One optimizer step, unless its loss is not good.
+
+        Where the loss is a number and its gradient is none, DeepSpeed takes no step either: that loss is then nan.
+        """
+        losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        tokens, waited_s, began_s = 0, 0.0, time.monotonic()
+        for last in range(1 - micro_batches, 1):
+            asked_s = time.monotonic()
+            batch = next(stream)
+            waited_s += time.monotonic() - asked_s
+            mean = self._mean_loss(batch)
+            self.engine.backward(mean * self._parts)
+            losses += mean.detach()
+            tokens += tokens_in(batch["position_ids"])
+            if last < 0:
+                self.engine.step()
+        dist.all_reduce(losses)
+        copies = 1 if self.group.splits_blocks else self.group.size
+        found = float(losses) / micro_batches / self.group.groups / copies
+        if good(found):
+            self.engine.step()
+            found = math.nan if getattr(self.engine.optimizer, "overflow", False) else found
+        else:
+            _discard(self.engine)
+        return Done(found, tokens, time.monotonic() - began_s, waited_s)
+
+    def _mean_loss(self, batch: Batch) -> torch.Tensor:
+        """This worker's part of the mean over the learned tokens of a batch, or over its preference pairs."""
+        if self._beta is not None:
+            return dpo.loss(self.engine, batch, self._beta)
+        total, learned = self.loss(batch)
+        return total / max(1, learned)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """This worker's part of the sum over the learned tokens of a batch, and how many there are in all of it."""
+        inputs = self.group.inputs(batch, self.engine.device)
+        total = self._head.loss(
+            self.engine, inputs.targets, input_ids=inputs.input_ids, position_ids=inputs.position_ids
+        )
+        return total, inputs.learned
+
+    def validation_loss(self, blocks: Batch, micro_batch_size: int) -> float:
+        """Mean negative log-likelihood of a learned token, over the blocks of all workers together."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        self.engine.eval()
+        with torch.no_grad():
+            for batch in _shares(blocks, self.group.number, self.group.groups, micro_batch_size):
+                total, learned = self.loss(batch)
+                sums[0] += total.double() * (self.group.size if self.group.splits_blocks else 1)
+                sums[1] += learned
+        self.engine.train()
+        dist.all_reduce(sums)  # a group's sums count as often as it has workers, in both
+        return float(sums[0] / sums[1])
 
 
 def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> None:
@@ -137,33 +303,41 @@ def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> None:
         group["lr"] = muon_rate if group.get("use_muon") else rate
 
 
-def _step(
-    engine: Any, stream: Iterator[tuple[tuple[int, int], Batch]], micro_batches: int
-) -> tuple[float, tuple[int, int], int]:
-    """One optimizer step: its loss, the place in the data after it, the tokens it read."""
-    losses, tokens = 0.0, 0
-    place = (0, 0)
-    for after, batch in itertools.islice(stream, micro_batches):
-        place = after
-        logits_LV, targets_L = _learned(engine, batch)
-        loss = cross_entropy(logits_LV.float(), targets_L, reduction="sum") / max(1, len(targets_L))
-        engine.backward(loss)
+def _gradient_norm(engine: Any, training: TrainingConfig) -> dict[str, float]:
+    """That of the latest step before clipping; nothing where DeepSpeed does not keep it, or with Muon, whose update
+    has taken the gradient's place by then."""
+    norm = None if training.optimizer == "muon" else engine.get_global_grad_norm()
+    return {} if norm is None else {"gradient_norm": float(norm)}
+
+
+def _discard(engine: Any) -> None:
+    """End a step without an update, as DeepSpeed (0.19.8) does when a gradient overflows."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+
+    def overflows(*_: Any, **__: Any) -> None:
+        optimizer.overflow = True
+
+    if stage == 0:  # which keeps its gradients in the weights, where they are cleared after the optimizer's step
+        instead: dict[str, Any] = {"step": lambda *_, **__: None}
+    elif stage == 3:
+        instead = {"_overflow_check_and_loss_scale_update": overflows}
+    else:
+        instead = {"check_overflow": overflows, "check_grad_overflow": True}
+    before = {name: vars(optimizer)[name] for name in instead if name in vars(optimizer)}
+    vars(optimizer).update(instead)
+    try:
         engine.step()
-        losses += float(loss.detach())
-        tokens += tokens_in(batch["position_ids"])
-    return losses / micro_batches, place, tokens
+    finally:
+        for name in instead:
+            del vars(optimizer)[name]
+        vars(optimizer).update(before)
 
 
-def _learned(engine: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits where something is learned, and what is to be predicted there."""
-    input_ids_BT, position_ids_BT, labels_BT = (
-        torch.from_numpy(np.ascontiguousarray(batch[name])).long().to(engine.device)
-        for name in ("input_ids", "position_ids", "labels")
-    )
-    logits_BTV = engine(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).logits
-    next_BT = labels_BT[:, 1:]
-    learned_BT = next_BT != NOT_LEARNED
-    return logits_BTV[:, :-1][learned_BT], next_BT[learned_BT]
+def _rolled_back(engine: Any, hooks: Hooks, found: float, step: int) -> Position:
+    with hooks.newest() as folder:
+        if folder is None:
+            raise StageFailed(f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", _REMEDY)
+        return checkpoint.restore(engine, folder)
 
 
 def _seed(*parts: int) -> int:
@@ -171,21 +345,93 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _micro_batches(batches: Batches, position: Position) -> Iterator[tuple[tuple[int, int], Batch]]:
-    """Epoch after epoch from a position on: the place after each batch, and the batch."""
-    for epoch in itertools.count(position.epoch):
-        done = position.batch if epoch == position.epoch else 0
-        for index, batch in enumerate(batches(epoch)):
-            if index >= done:
-                yield (epoch, index + 1), batch
+class _Stream(Iterator[Batch]):
+    """This worker's micro batches: the workers, or the groups of those that compute one together, take turns along
+    the sequence, so that a step's blocks lie together."""
+
+    def __init__(self, take: Take, training: TrainingConfig, place: int) -> None:
+        self._take, self._size, self._group = take, training.micro_batch_size, Group.of(training)
+        self._step_blocks = self._size * self._group.groups * training.gradient_accumulation_steps
+        self.place = place
+        """Where the next micro batches begin."""
+
+    def next_step(self, left_out: set[int]) -> int:
+        """Where the next step begins, past those that begin at a place to be left out."""
+        while self.place in left_out:
+            self.place += self._step_blocks
+        return self.place
+
+    def __next__(self) -> Batch:
+        own = self.place + self._group.number * self._size
+        self.place += self._group.groups * self._size
+        return self._take(own, self._size)
 
 
-def _shares(blocks: Batch, rank: int, workers: int, micro_batch_size: int) -> Iterator[Batch]:
-    """This worker's batches of the blocks. All workers get as many, since ZeRO-3 computes in step."""
+class _Losses:
+    """Which losses are bad, and what is done about it. Each worker sees the same ones, so all decide alike."""
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._training = training
+        self._latest: deque[float] = deque(maxlen=LOSSES)
+        self._bad = 0
+        self.left_out: set[int] = set()
+        """Places of the sequence where steps begin that made the run go back."""
+
+    def is_good(self, loss: float) -> bool:
+        """Whether a step with this loss is to be taken."""
+        if not math.isfinite(loss) or len(self._latest) < FEW_LOSSES:
+            return math.isfinite(loss)
+        median = statistics.median(self._latest)
+        return loss <= max(median * self._training.bad_loss_factor, median + JUMP_NATS)
+
+    def add(self, loss: float) -> None:
+        """Remember a good one."""
+        self._latest.append(loss)
+
+    def meet(self, loss: float, step: int, began: int) -> None:
+        """Count the bad loss of a step whose blocks began at a place.
+
+        Raises:
+            StageFailed: It is not to be gone on.
+        """
+        self._bad += 1
+        training, said = self._training, f"the loss at step {step} is {loss:.4g}"
+        logger.warning("%s, the %d. bad one (training.on_bad_loss=%s)", said, self._bad, training.on_bad_loss)
+        if training.on_bad_loss == "stop":
+            raise StageFailed(f"{said} and training.on_bad_loss is stop", _REMEDY)
+        if self._bad > training.max_bad_losses:
+            raise StageFailed(f"{said}, after {training.max_bad_losses} bad ones (training.max_bad_losses)", _REMEDY)
+        if training.on_bad_loss == "roll_back":
+            self.left_out.add(began)
+
+
+class _Notice:
+    """Whether it was said that the node of a worker is about to go: asked about every NOTICE_INTERVAL_S, told once."""
+
+    def __init__(self, hooks: Hooks, step: int) -> None:
+        self._preempted = hooks.preempted
+        self._told = False
+        self._step = self._next = step + 1
+        self._asked_s = time.monotonic()
+
+    def came(self, step: int) -> bool:
+        """After a step, on every worker at once."""
+        if step < self._next or self._told:
+            return False
+        step_s = (time.monotonic() - self._asked_s) / max(1, step - self._step)
+        # The workers ask together, so one of them says when.
+        after = torch.tensor(max(1, round(NOTICE_INTERVAL_S / max(1e-4, step_s))))
+        dist.broadcast(after, 0)
+        self._step, self._next, self._asked_s = step, step + int(after), time.monotonic()
+        self._told = self._preempted()
+        return self._told
+
+
+def _shares(blocks: Batch, number: int, groups: int, micro_batch_size: int) -> Iterator[Batch]:
+    """A group's batches of the blocks. All groups get as many, all of one size, since they compute in step."""
     count = len(blocks["labels"])
-    share = math.ceil(count / workers)
-    for start in range(0, share, micro_batch_size):
-        mine = np.arange(start, min(start + micro_batch_size, share)) * workers + rank
+    for start in range(0, math.ceil(count / groups), micro_batch_size):
+        mine = np.arange(start, start + micro_batch_size) * groups + number
         batch = {name: column[np.minimum(mine, count - 1)] for name, column in blocks.items()}
         batch["labels"] = np.where((mine < count)[:, None], batch["labels"], NOT_LEARNED)
         yield batch
@@ -198,17 +444,19 @@ class _Meter:
         self.position = position
         self.losses: list[float] = []
         self.tokens = 0
+        self.waited_s = 0.0
         self._started_s = time.monotonic()
 
-    def add(self, loss: float, tokens: int) -> None:
+    def add(self, done: Done) -> None:
         """Count one step."""
-        self.losses.append(loss)
-        self.tokens += tokens
+        self.losses.append(done.loss)
+        self.tokens += done.tokens
+        self.waited_s += done.waited_s
 
-    def rate(self) -> dict[str, float]:
-        """Tokens a second, taking the other workers to be as fast."""
-        seconds = time.monotonic() - self._started_s
-        return {"tokens_per_s": self.tokens * dist.get_world_size() / max(1e-9, seconds)}
+    def rate(self, groups: int) -> dict[str, float]:
+        """Tokens a second, taking the other groups to be as fast; share of the time spent waiting for data."""
+        seconds = max(1e-9, time.monotonic() - self._started_s)
+        return {"tokens_per_s": self.tokens * groups / seconds, "data_stall_fraction": self.waited_s / seconds}
 
     def total(self, engine: Any) -> tuple[float, int, float]:
         """Mean training loss and tokens of all workers, and this worker's seconds."""
@@ -220,18 +468,21 @@ class _Meter:
 
 
 def _judge(
-    engine: Any, training: TrainingConfig, validation: Batch, position: Position, meter: _Meter
+    computed: Computed, training: TrainingConfig, validation: Batch, position: Position, meter: _Meter
 ) -> tuple[Position, dict[str, float]]:
     """The position with what was done since the last report, and the metrics to report."""
-    training_loss, tokens, seconds = meter.total(engine)
+    stall = meter.rate(computed.group.groups)["data_stall_fraction"]
+    training_loss, tokens, seconds = meter.total(computed.engine)
+    tokens //= computed.group.size  # each worker of a group has counted all of its tokens
     position = replace(position, tokens=position.tokens + tokens, seconds=position.seconds + seconds)
-    loss = validation_loss(engine, validation, training.micro_batch_size)
+    found = computed.validation_loss(validation, training.micro_batch_size)
     return position, {
         "step": position.step,
         "training_loss": training_loss,
-        "validation_loss": loss,
-        "perplexity": math.exp(min(loss, 100.0)),
+        "validation_loss": found,
+        "perplexity": math.exp(min(found, 100.0)),
         "tokens": position.tokens,
         "tokens_per_s": position.tokens / max(1e-9, position.seconds),
         "learning_rate": learning_rate(position.step - 1, training),
+        "data_stall_fraction": stall,
     }

@@ -73,25 +73,41 @@ def pack(lengths: np.ndarray, block_tokens: int) -> np.ndarray:
 
 def fill(conversations: Sequence[Encoded], block_tokens: int, pad_id: int) -> Blocks:
     """Pack conversations into blocks. One that is longer than a block is cut into pieces that stand alone."""
-    pieces = [
-        (part.ids[start : start + block_tokens], part.learned[start : start + block_tokens])
-        for part in conversations
-        for start in range(0, len(part.ids), block_tokens)
-    ]
-    block_of = pack(np.array([len(ids) for ids, _ in pieces], dtype=np.int64), block_tokens)
-    shape = (int(block_of.max()) + 1 if len(pieces) else 0, block_tokens)
+    ids = np.concatenate([np.empty(0, np.int32), *(part.ids for part in conversations)])
+    learned = np.concatenate([np.empty(0, bool), *(part.learned for part in conversations)])
+    lengths = _cut(np.array([len(part.ids) for part in conversations], dtype=np.int64), block_tokens)
+    block_of = pack(lengths, block_tokens)
+    shape = (int(block_of.max()) + 1 if len(lengths) else 0, block_tokens)
     input_ids = np.full(shape, pad_id, dtype=np.int32)
     position_ids = np.zeros(shape, dtype=np.int32)
     labels = np.full(shape, NOT_LEARNED, dtype=np.int32)
-    filled = np.zeros(shape[0], dtype=np.int64)
-    for (ids, learned), block in zip(pieces, block_of, strict=True):
-        start, stop = filled[block], filled[block] + len(ids)
-        input_ids[block, start:stop] = ids
-        position_ids[block, start:stop] = np.arange(len(ids))
-        # The first token has nothing before it but another conversation's end.
-        labels[block, start + 1 : stop] = np.where(learned, ids, NOT_LEARNED)[1:]
-        filled[block] = stop
+    positions = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places = positions + np.repeat(block_of * block_tokens + _offsets(lengths, block_of), lengths)
+    input_ids.ravel()[places] = ids
+    position_ids.ravel()[places] = positions
+    # The first token has nothing before it but another conversation's end.
+    labels.ravel()[places] = np.where(learned & (positions > 0), ids, NOT_LEARNED)
     return Blocks(input_ids, position_ids, labels)
+
+
+def _cut(lengths: np.ndarray, block_tokens: int) -> np.ndarray:
+    """The lengths of pieces of at most `block_tokens` that sequences are cut into, in order."""
+    whole, rest = np.divmod(lengths, block_tokens)
+    counts = whole + (rest > 0)
+    pieces = np.full(counts.sum(), block_tokens, np.int64)
+    last = np.cumsum(counts)[rest > 0] - 1
+    pieces[last] = rest[rest > 0]
+    return pieces
+
+
+def _offsets(lengths: np.ndarray, block_of: np.ndarray) -> np.ndarray:
+    """Where in its block each sequence begins, if those of a block follow one another in order."""
+    order = np.argsort(block_of, kind="stable")
+    before = np.cumsum(lengths[order]) - lengths[order]
+    first = np.searchsorted(block_of[order], block_of[order])
+    offsets = np.empty(len(lengths), np.int64)
+    offsets[order] = before - before[first]
+    return offsets
 
 
 def tokens_in(position_ids: np.ndarray) -> int:

@@ -8,6 +8,7 @@ from app import tables
 from app.config import Config
 from app.storage import Storage
 from app.training import data
+from app.training.base_model import pinned
 from app.training.launch import check_base_model
 from app.training.trainer import run_name
 from app.versions import TableVersion
@@ -22,6 +23,8 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
         ModelError: The base model cannot be loaded.
         StageFailed: The table version has nothing to train on.
     """
+    start_from = config.training.base_model
+    config, _ = pinned(config)
     check_base_model(config)
     training = config.training
     storage = Storage(config.storage.uri)
@@ -30,13 +33,12 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
     lengths = [len(part.ids) for part in data.encode_all(sample, tokenizer, training.loss_on)]
     rows = round(tables.rows(config, table) * (1 - config.ingestion.validation_fraction))
     table_tokens = round(float(np.mean(lengths)) * rows)
-    step_tokens = (
-        training.num_workers * training.micro_batch_size * training.gradient_accumulation_steps * training.block_tokens
-    )
+    step_tokens = training.blocks_per_step * training.block_tokens
     name = run_name(config, table)
     return {
         "read": {"table": str(table), "conversations": rows, "tokens": table_tokens},
-        "start_from": training.base_model,
+        "start_from": start_from,
+        "method": training.method,
         "workers": training.num_workers,
         "zero_stage": training.zero_stage,
         "steps": training.max_steps,

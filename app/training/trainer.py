@@ -2,8 +2,9 @@
 
     ray job submit --working-dir . -- python -m jobs.train --config jobs/configs/demo.yaml
 
-A run's name follows from the table version, the `training` section and the code, and its checkpoints lie under
-`checkpoints/<name>`: a job that is submitted again after any kind of end goes on from the newest of them.
+A run's name follows from the table version, what it learns by (TrainingConfig.identity) and the code, and its
+checkpoints lie under `checkpoints/<name>`: a job that is submitted again after any kind of end goes on from the newest
+of them, also with another number of workers or in another ZeRO stage.
 """
 
 import json
@@ -25,7 +26,8 @@ from app.lineage import Lineage
 from app.registry import Registry
 from app.storage import Storage
 from app.telemetry import Progress, progress
-from app.training import checkpoint, data
+from app.training import adapters, checkpoint, data, preference_blocks, report
+from app.training.base_model import pinned, source
 from app.training.launch import check_base_model, check_cluster, run_training
 from app.training.worker import Event
 from app.versions import ModelVersion, TableVersion, code_version, digest
@@ -48,9 +50,11 @@ def train(config: Config, table: TableVersion) -> Trained:
 
     Raises:
         ModelError: The base model cannot be loaded.
+        RegistryError: The base model is a version that is not registered.
         ClusterError: The cluster cannot hold the workers.
         StageFailed: The table is too small, or workers failed too often.
     """
+    config, base = pinned(config)
     check_base_model(config)
     check_cluster(config.training)
     storage = Storage(config.storage.uri)
@@ -64,13 +68,16 @@ def train(config: Config, table: TableVersion) -> Trained:
                 f"the last checkpoint of run {name} under {storage.uri('checkpoints', name)} is damaged",
                 "submit the job again: it goes on from the checkpoint before",
             )
-        version, figures = _publish(config, table, uri, record)
-        return Trained(version, {**figures, "starts": record.starts})
+        version, figures = _publish(config, table, uri, record, base)
+        return Trained(version, figures)
 
 
 def run_name(config: Config, table: TableVersion) -> str:
-    """Names a run and its checkpoints: the same for the same table version, training section and code."""
-    parts = [data.data_digest(config, table), config.training.model_dump(mode="json"), code_version("training")]
+    """Names a run and its checkpoints: the same for the same table version, the same code, and settings that it
+    learns by; not for those that only say how it is computed."""
+    parts = [data.data_digest(config, table), config.training.identity(), code_version("training")]
+    if config.training.objective == "dpo":
+        parts.append(preference_blocks.pairs_digest(config))
     return f"{config.registry.model}-{digest(parts)[:16]}"
 
 
@@ -79,7 +86,7 @@ class _Record:
 
     def __init__(self, config: Config, table: TableVersion, name: str, bar: Progress) -> None:
         self.registry = Registry(config)
-        self.starts = 0
+        self.starts = self.bad_losses = 0
         self._bar = bar
         # MLflow takes seconds to import and to open its store: meanwhile the blocks are made.
         self._opening = ThreadPoolExecutor(1).submit(self._open, config, table, name)
@@ -99,6 +106,10 @@ class _Record:
         elif event["kind"] == "report":
             self.registry.log_metrics(self.run_id, values, event["step"])
             logger.info("step %d", event["step"], extra={"fields": values})
+        elif event["kind"] == "bad_loss":
+            self.bad_losses += 1
+            self.registry.log_metrics(self.run_id, {"bad_losses": self.bad_losses}, event["step"])
+            logger.warning("bad loss at step %d", event["step"], extra={"fields": values})
         elif event["kind"] == "start" and event["rank"] == 0:
             self.starts += 1
             if event["from_step"]:
@@ -132,28 +143,41 @@ def _recorded(config: Config, table: TableVersion, name: str) -> Iterator[_Recor
 
 
 def _finished(storage: Storage, name: str, config: Config) -> str | None:
-    """The URI of the checkpoint of the last step, None while there is none."""
-    uri = checkpoint.newest_whole(storage, f"checkpoints/{name}")
+    """The URI of the checkpoint to publish, None while there is none of the last step."""
+    run = f"checkpoints/{name}"
+    uri = checkpoint.newest_whole(storage, run)
     with checkpoint.fetched(uri) as folder:
         if folder is None or checkpoint.state(folder)["position"]["step"] < config.training.max_steps:
             return None
-    return uri
+    return checkpoint.best_whole(storage, run) if config.training.publish == "best" else uri
 
 
 def _publish(
-    config: Config, table: TableVersion, checkpoint_uri: str, record: _Record
+    config: Config, table: TableVersion, checkpoint_uri: str, record: _Record, base: ModelVersion | None
 ) -> tuple[ModelVersion, dict[str, Any]]:
     """Complete the model folder, prove that it loads, upload and register it."""
     storage = Storage(config.storage.uri)
     place = ("models", config.registry.model, record.run_id)
-    made = _lineage(config, table, record.run_id)
+    made = _lineage(config, table, record.run_id, base)
     with checkpoint.fetched(checkpoint_uri) as folder, tempfile.TemporaryDirectory() as aside:
         assert folder is not None
-        metrics = checkpoint.state(folder)["metrics"]
+        state = checkpoint.state(folder)
+        metrics = state["metrics"]
         model_folder = Path(aside) / "model"
-        shutil.copytree(folder / "model", model_folder)
-        figures = _figures(metrics, record.run_id) | _fit_intent(config, table, model_folder)
+        figures = _figures(metrics, record.run_id)
+        if config.training.method == "lora":
+            figures |= _merge(config, table, folder / adapters.FOLDER, model_folder, metrics["perplexity"])
+        else:
+            shutil.copytree(folder / "model", model_folder)
+        figures |= {
+            **_fit_intent(config, table, model_folder),
+            "padding_fraction": 1 - metrics["tokens"] / (state["position"]["blocks"] * config.training.block_tokens),
+            "starts": record.starts,
+            "bad_losses": record.bad_losses,
+        }
         lineage.write(model_folder, made)
+        about = {**figures, "conversations": tables.rows(config, table)}
+        (model_folder / report.CARD).write_text(report.card(config, made, about), encoding="utf-8")
         _load_test(model_folder)
         uri = storage.upload(model_folder, *place)
     tags = {
@@ -162,14 +186,47 @@ def _publish(
         "rayloop.snapshot_id": str(table.snapshot_id),
         "rayloop.validation_loss": f"{metrics['validation_loss']:.6f}",
     }
+    if base is not None:
+        tags["rayloop.base_model"] = f"{base.model}/{base.version}"
     version = record.registry.register(record.run_id, uri, tags)
     known = json.dumps(asdict(replace(made, version=version.version)), indent=2)
     storage.write(known.encode(), *place, lineage.FILE)
+    report.write(config, table, record.run_id, record.registry.history(record.run_id, report.METRICS), figures)
     return version, figures
 
 
+def _merge(config: Config, table: TableVersion, adapter: Path, model_folder: Path, wanted: float) -> dict[str, Any]:
+    """Make the model folder of a run that trained adapters; its figures: bytes, and the merged model's perplexity.
+
+    Raises:
+        StageFailed: That is not the adapted model's, `wanted`.
+    """
+    from app import evaluation
+    from app import model as models
+
+    training = config.training
+    adapters.merge(training, source(training.base_model), adapter, model_folder)
+    model, tokenizer = models.load(model_folder)
+    blocks = data.validation_blocks(config, table, tokenizer, training.validation_blocks)
+    perplexity = evaluation.perplexity(model, blocks, training.micro_batch_size)
+    # Written so that one that is not a number fails too.
+    if not abs(perplexity - wanted) <= checkpoint.SCORE_TOLERANCE * wanted:
+        raise StageFailed(
+            f"the merged model has perplexity {perplexity:.4g} on held-out blocks, and {wanted:.4g} with its adapters "
+            "apart",
+            "train with training.precision=fp32",
+        )
+    adapters.keep(adapter, model_folder, training.base_model)
+    return {
+        "merged_perplexity": perplexity,
+        "adapter_bytes": models.weights_bytes(model_folder / adapters.FOLDER),
+        "model_bytes": models.weights_bytes(model_folder),
+    }
+
+
 def _figures(metrics: dict[str, float], run_id: str) -> dict[str, Any]:
-    names = ("validation_loss", "perplexity", "training_loss", "tokens_per_s", "tokens")
+    names: tuple[str, ...] = ("validation_loss", "perplexity", "training_loss", "tokens_per_s", "tokens")
+    names += tuple(name for name in ("reward_margin", "reward_accuracy") if name in metrics)
     return {**{name: metrics[name] for name in names}, "steps": metrics["step"], "run_id": run_id}
 
 
@@ -197,8 +254,7 @@ def _load_test(model_folder: Path) -> None:
         )
 
 
-def _lineage(config: Config, table: TableVersion, run_id: str) -> Lineage:
-    sources = json.loads(tables.summary(config, table).get("rayloop.sources", "[]"))
+def _lineage(config: Config, table: TableVersion, run_id: str, base: ModelVersion | None) -> Lineage:
     return Lineage(
         model=config.registry.model,
         version=None,
@@ -206,10 +262,10 @@ def _lineage(config: Config, table: TableVersion, run_id: str) -> Lineage:
         stage="train",
         table=table.table,
         snapshot_id=table.snapshot_id,
-        sources=sources,
+        sources=lineage.sources_of(config, table),
         config_digest=config.digest(),
         code_version=code_version("training"),
         job_id=job_id(),
-        parent=None,
+        parent=f"{base.model}/{base.version}" if base else None,
         created_at=lineage.now(),
     )

@@ -1,17 +1,38 @@
 """What runs in each Ray Train worker: it builds the model, hands the loop its batches, and passes on its reports."""
 
+import functools
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app import telemetry
 from app.config import Config, TrainingConfig
+from app.errors import StageFailed, StorageError
 from app.storage import Storage
-from app.training import checkpoint, data
+from app.training import adapters, checkpoint, data
+from app.training.base_model import source
+
+if TYPE_CHECKING:
+    from app.training.checkpoint import Snapshot
 
 Event = dict[str, Any]
+POLL_S = 0.05
+STEP_METRICS = {
+    "loss": telemetry.TRAINING_LOSS,
+    "learning_rate": telemetry.TRAINING_LEARNING_RATE,
+    "gradient_norm": telemetry.TRAINING_GRADIENT_NORM,
+    "tokens_per_s": telemetry.TRAINING_TOKENS_PER_SECOND,
+    "mfu": telemetry.TRAINING_MFU,
+    "memory_bytes": telemetry.TRAINING_MEMORY,
+}
+"""What of a step's event is a gauge."""
 
 
 @dataclass(frozen=True)
@@ -24,74 +45,94 @@ class WorkerSettings:
     run_name: str
     board: Any
     """Actor that takes events; None: nobody listens."""
+    pairs: data.Packed | None = None
+    """Preference pairs, which take the place of `packed` as what is learned from."""
 
 
-def work(given: WorkerSettings) -> None:
-    """What each Ray Train worker runs."""
+def work(given: WorkerSettings) -> StageFailed | None:
+    """What each Ray Train worker runs. Returns why the run ends early where starting again would not help."""
     import ray.train
-    import torch.distributed as dist
 
     training = given.config.training
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    _use_threads(training)
+    rank = ray.train.get_context().get_world_rank()
+    use_threads(training)
     from app.training import loop
 
     tokenizer = data.load_tokenizer(given.packed)
     model = start_model(training, tokenizer)
-    found = [checkpoint.newest_whole(Storage(given.storage_path), given.run_name) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    shard = ray.train.get_dataset_shard("train")
     tell = _Teller(given, rank)
-    with checkpoint.fetched(found[0]) as resume:
+    with tell.newest() as resume:
         tell.start(resume)
-        loop.run(
-            model,
-            tokenizer,
-            training,
-            lambda epoch: data.shuffled(shard, training.micro_batch_size, training.seed + epoch),
-            data.read_validation(given.packed),
-            loop.Hooks(report=tell.report, step=tell.step),
-            resume,
-        )
+        try:
+            loop.run(
+                model,
+                tokenizer,
+                training,
+                data.read(given.pairs or given.packed, training.seed).take,
+                data.read_validation(given.packed),
+                loop.Hooks(tell.report, tell.step, tell.bad_loss, tell.newest, preempted),
+                resume,
+                preferences=data.read_validation(given.pairs) if given.pairs else None,
+            )
+        except StageFailed as failure:
+            return failure
+        finally:
+            tell.wait()
+    return None
 
 
-def work_alone(config: Config, packed: data.Packed, report: Callable[[dict[str, float]], None]) -> None:
-    """Train in this very process, as a group of one, and keep no checkpoints."""
+def preempted() -> bool:
+    """Whether Ray has been told that the node of one of the workers is about to go."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
+def work_alone(
+    config: Config,
+    packed: data.Packed,
+    report: "Callable[[dict[str, float], Snapshot | None], None]",
+    resume: Path | None = None,
+    checkpoints: bool = False,
+) -> None:
+    """Train in this very process, as a group of one; `report` gets None where no checkpoints are asked for."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
     training = config.training
-    _use_threads(training)
+    use_threads(training)
     from app.training import loop
 
     # DeepSpeed looks for these whether or not the group is there.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("nccl" if training.use_gpu else "gloo", store=HashStore(), rank=0, world_size=1)
     tokenizer = data.load_tokenizer(packed)
-    dataset = data.read(packed).iterator()
     loop.run(
         start_model(training, tokenizer),
         tokenizer,
         training,
-        lambda epoch: data.shuffled(dataset, training.micro_batch_size, training.seed + epoch),
+        data.read(packed, training.seed).take,
         data.read_validation(packed),
-        loop.Hooks(report=lambda metrics, folder: report(metrics), step=lambda values: None),
-        checkpoints=False,
+        loop.Hooks(report=report, step=lambda values: None),
+        resume,
+        checkpoints,
     )
 
 
 def start_model(training: TrainingConfig, tokenizer: Any) -> Any:
-    """The model that training starts from, in training mode."""
+    """The model that training starts from, in training mode; its adapters are attached if those are trained."""
     from app import model as models
 
+    model: Any
     if models.is_preset(training.base_model):
         model = models.new_model(training.base_model, tokenizer, training.block_tokens, training.seed)
     else:
-        model, _ = models.load(data.source(training.base_model))
+        model = adapters.load_base(training, source(training.base_model))
         embeddings: Any = model.get_input_embeddings()
         if len(tokenizer) > embeddings.num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
+        if training.method == "lora":
+            model = adapters.attach(model, training)
     model.train()
     return model
 
@@ -116,40 +157,99 @@ class _Teller:
     """A worker's reports: to Ray Train, to the board, to the metrics."""
 
     def __init__(self, settings: WorkerSettings, rank: int) -> None:
+        self._storage, self._run_name = Storage(settings.storage_path), settings.run_name
         self._board, self._rank = settings.board, rank
         self._run = {"run": settings.run_name}
-        self._loss = telemetry.gauge(telemetry.TRAINING_LOSS)
+        self._gauges = {name: telemetry.gauge(metric) for name, metric in STEP_METRICS.items()}
         self._validation_loss = telemetry.gauge(telemetry.VALIDATION_LOSS)
-        self._tokens_per_s = telemetry.gauge(telemetry.TRAINING_TOKENS_PER_SECOND)
+        self._bad_losses = telemetry.counter(telemetry.TRAINING_BAD_LOSSES)
         self._latest_validation_loss: float | None = None
+        self._written = threading.Event()
+        """Whether no checkpoint is being written."""
+        self._written.set()
+
+    @contextmanager
+    def newest(self) -> Iterator[Path | None]:
+        """The newest whole checkpoint, the same one on every worker."""
+        import torch.distributed as dist
+
+        self.wait()
+        dist.barrier()  # until every worker's part is there
+        found = [checkpoint.newest_whole(self._storage, self._run_name) if self._rank == 0 else None]
+        dist.broadcast_object_list(found)
+        with checkpoint.fetched(found[0]) as folder:
+            yield folder
 
     def start(self, resume: Path | None) -> None:
+        import torch.distributed as dist
+
         from_step = checkpoint.state(resume)["position"]["step"] if resume else 0
-        self._post({"kind": "start", "rank": self._rank, "pid": os.getpid(), "from_step": from_step})
+        start = {"rank": self._rank, "workers": dist.get_world_size(), "pid": os.getpid(), "from_step": from_step}
+        self._post({"kind": "start", **start})
 
     def step(self, values: dict[str, float]) -> None:
-        self._loss.set(values["loss"], tags=self._run)
-        self._tokens_per_s.set(values["tokens_per_s"], tags=self._run)
+        for name, gauge in self._gauges.items():
+            if name in values:
+                gauge.set(values[name], tags=self._run)
         if self._latest_validation_loss is not None:  # again, since Ray forgets a gauge that is not set for 20 s
             self._validation_loss.set(self._latest_validation_loss, tags=self._run)
         self._post({"kind": "step", **values})
 
-    def report(self, metrics: dict[str, float], folder: Path | None) -> None:
+    def bad_loss(self, event: dict[str, Any]) -> None:
+        self._bad_losses.inc(tags={**self._run, "action": event["action"]})
+        self._post({"kind": "bad_loss", **event})
+
+    def report(self, metrics: dict[str, float], part: "Snapshot | None") -> None:
+        """Hand a part of a checkpoint to a thread of Ray Train's that writes and uploads it; one at a time."""
+        import ray.train
+        from ray.train.v2.api.report_config import CheckpointUploadMode
+
+        if part is None:
+            ray.train.report(metrics)
+            return
+        self.wait()
+        self._written.clear()
+        aside = tempfile.mkdtemp(prefix="rayloop-checkpoint-")
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(aside),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=functools.partial(self._write, part, metrics),
+        )
+
+    def wait(self) -> None:
+        """Until the latest checkpoint is written, or is known to have failed."""
+        self._written.wait()
+
+    def _write(self, part: "Snapshot", metrics: dict[str, float], local: Any, name: str) -> Any:
+        """Write, check and upload; what fails here ends the run's attempt with the reason."""
         import ray.train
 
-        assert folder is not None
-
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+        folder = Path(local.path)
+        place = (self._run_name, name)
+        try:
+            part.write(folder)
+            self._storage.add(folder, *place)
+        except StorageError:
+            self._storage.remove(*place)  # a full disk has no room for half a checkpoint
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._written.set()
         if self._rank == 0:
+            while not checkpoint.is_finished(self._storage, *place):  # it counts when the others have written theirs
+                time.sleep(POLL_S)
             self._latest_validation_loss = metrics["validation_loss"]
             self._post({"kind": "report", **metrics})
+        return ray.train.Checkpoint(self._storage.path(*place), self._storage.filesystem)
 
     def _post(self, event: Event) -> None:
         if self._board is not None:
             self._board.post.remote(event)
 
 
-def _use_threads(training: TrainingConfig) -> None:
+def use_threads(training: TrainingConfig) -> None:
+    """Let torch use as many threads as the worker has CPUs."""
     import torch
 
     # Logical CPUs may outnumber cores, and threads that share a core only wait for each other.
