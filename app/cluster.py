@@ -1,5 +1,6 @@
 """Work on the Ray cluster whose errors reach the caller as they were raised."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -50,3 +51,16 @@ def collect(tasks: Sequence[Any]) -> list[Any]:
     except RayError as error:
         raise StageFailed(f"a task was lost ({type(error).__name__}: {error})", "submit the job again") from error
     return results
+
+
+def cpus() -> float:
+    """CPUs to work on: no more than there are.
+
+    A local head advertises more than it has, so that Serve's replicas fit; each one used starts a process of
+    2 s. Staging 20,000 records on a machine of two CPUs took 22 s with six, 15 s with two.
+    """
+    import ray
+
+    advertised = float(ray.cluster_resources().get("CPU", 1))
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return min(advertised, os.cpu_count() or 1) if alone else advertised

@@ -5,7 +5,7 @@
 Everything is checked at once and every error names the file, the key, what is allowed and the nearest
 spelling. A field is documented by the string under it. Units are in the names: `_s` seconds, `_bytes`,
 `_tokens`, `_chars`, `_fraction` (0 to 1). Environment variables carry only addresses and secrets:
-RAYLOOP_HOME, RAYLOOP_API_KEY, RAYLOOP_GRAFANA_TOKEN, and what the object stores' own clients read.
+RAYLOOP_HOME, RAYLOOP_API_KEY, RAYLOOP_GRAFANA_TOKEN, OPENLINEAGE_API_KEY, and what the object stores' own clients read.
 """
 
 import difflib
@@ -16,29 +16,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from app.errors import ConfigError
+from app.settings.finetuning import DpoConfig, LoraConfig
+from app.settings.ingestion import IngestionConfig
+from app.settings.lineage import LineageConfig
+from app.settings.section import Count, Fraction, Positive, Section, VersionName
+from app.settings.tables import ExportConfig, ForgetConfig, MaintenanceConfig, VersionsConfig
+from app.settings.tuning import TuningConfig
 from app.versions import digest
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-VersionName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-"""MLflow's versions are numbers, which YAML reads as such."""
 
 Stage = Literal["ingest", "tune", "train", "compress", "evaluate", "serve", "monitor"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
 
 
 class StorageConfig(Section):
@@ -58,7 +49,7 @@ class InputsConfig(Section):
     snapshot_id: int | None = None
     """Snapshot of `ingestion.table` to read."""
     model_version: VersionName | None = None
-    """Version of `registry.model` to compress, evaluate or serve."""
+    """Version of `registry.model` to compress, evaluate, serve or export."""
 
 
 class RegistryConfig(Section):
@@ -70,100 +61,99 @@ class RegistryConfig(Section):
     """MLflow experiment that runs appear in."""
 
 
-class ColumnsConfig(Section):
-    """How a source's columns become a conversation record. Columns a source lacks are taken as empty."""
+HOW_A_RUN_IS_COMPUTED = (
+    "num_workers",
+    "resize_interval_s",
+    "cpus_per_worker",
+    "use_gpu",
+    "zero_stage",
+    "report_every_steps",
+    "keep_checkpoints",
+    "publish",
+    "on_bad_loss",
+    "bad_loss_factor",
+    "max_bad_losses",
+    "max_failures",
+    "offload_optimizer",
+    "offload_parameters",
+    "nvme_path",
+    "sequence_parallel_size",
+    "activation_checkpointing",
+    "loss_chunk_tokens",
+    "adam_kernel",
+    "compile",
+    "attention",
+)
+"""Settings of `training` that may change between two submissions of a run."""
 
-    conversation_id: str = "conversation_id"
-    """Column with the conversation's id; where a source has none, one is made from source and position."""
-    messages: str = "messages"
-    """Column with the list of {role, content, intent?}; not read when `user` is given."""
-    user: str | None = None
-    """For one-turn tables: column with the customer's text."""
-    assistant: str | None = None
-    """For one-turn tables: the reply, as a column name or a template such as 'This is about {category}.'"""
-    intent: str = "intent"
-    """Column with the label of a one-turn table."""
-    channel: str = "channel"
-    """Column with the channel the conversation came through."""
-    language: str = "language"
-    """Column with the language."""
-    started_at: str = "started_at"
-    """Column with the time of the first message, ISO 8601."""
-
-
-class SourceConfig(Section):
-    """One place conversations come from."""
-
-    uri: str
-    """A file, a folder or a glob, local (relative to RAYLOOP_HOME) or on any object store; `sample:shop`."""
-    format: Literal["jsonl", "parquet", "csv", "sample"]
-    """How it is written. jsonl and csv may be compressed (.gz, .zst); sample is the embedded shop."""
-    columns: ColumnsConfig = ColumnsConfig()
-    """Mapping from its columns to the conversation record."""
-
-
-class SampleConfig(Section):
-    """The embedded shop: an endless, deterministic generator of conversations with planted defects."""
-
-    conversations: Count = 20_000
-    """How many to generate."""
-    seed: int = 7
-    """Same seed, same bytes."""
-    defect_fraction: Fraction = 0.05
-    """Share of records with a planted defect."""
-
-
-class IngestionConfig(Section):
-    """From sources to a table version."""
-
-    sources: tuple[SourceConfig, ...] = (SourceConfig(uri="sample:shop", format="sample"),)
-    """Everything to read, in order."""
-    sample: SampleConfig = SampleConfig()
-    """Settings of sources whose format is `sample`."""
-    table: str = "support.conversations"
-    """Iceberg table of accepted conversations, as namespace.name."""
-    quarantine_table: str = "support.quarantine"
-    """Iceberg table of refused records, with reason and source position."""
-    validation_fraction: Fraction = 0.1
-    """Share of conversations held out, chosen by content hash so that a conversation never changes side."""
-    max_refused_fraction: Fraction = 0.1
-    """A larger share of refused records stops the stage; nothing becomes a version."""
-    max_message_chars: Count = 4_000
-    """A longer message is refused."""
-    max_messages: Count = 200
-    """A longer conversation is refused."""
-    channels: tuple[str, ...] = ("web", "app", "email", "phone", "social", "unknown")
-    """Channels that exist; another one is refused. A record without one gets `unknown`."""
-    batch_rows: Count = 2_048
-    """Records a task works on at a time."""
+Offload = Literal["none", "cpu", "nvme"]
 
 
 class TrainingConfig(Section):
     """From a table version to a model version."""
 
     base_model: str = "preset:small"
-    """Starting point: preset:tiny (0.1M parameters), preset:small (2M), preset:base (7M), all random; a local
-    folder; or a hub id. Safetensors only, no remote code."""
+    """Starting point: preset:tiny (0.1M parameters), preset:small (2M), preset:base (7M), all random; a registered
+    model, models:/support/3 or models:/support@champion; a folder, local or s3://, gs://, abfs://, hdfs://; or a hub
+    id. Safetensors only, no remote code."""
+    method: Literal["full", "lora"] = "full"
+    """full: every weight is trained. lora: the base model stays as it is and small adapters beside its layers are
+    trained; the model version that is registered has them merged in, and holds them in `adapter/` too."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters of `method` lora."""
+    objective: Literal["sft", "dpo"] = "sft"
+    """sft: learn to write the table's conversations (supervised fine-tuning). dpo: learn from preference pairs which
+    of two replies people liked better; conversations of the table then only measure how well it still writes them."""
+    dpo: DpoConfig = DpoConfig()
+    """Preference tuning of `objective` dpo."""
     vocab_size: Annotated[int, Field(ge=300, le=200_000)] = 2_048
     """Tokens of the byte-level BPE tokenizer that is trained for a preset; a base model keeps its own."""
     block_tokens: Annotated[int, Field(ge=16)] = 256
     """Conversations are packed into blocks of this many tokens."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which turns the model learns to write."""
-    num_workers: Count = 2
-    """Ray Train workers."""
+    num_workers: Count | tuple[Count, Count] = 2
+    """Ray Train workers. Two numbers, the fewest and the most: as many as the cluster has room for, and when that
+    changes, training goes on from the last checkpoint with more or fewer; what a step learns from stays the same."""
+    resize_interval_s: Positive = 60.0
+    """Seconds between two looks at whether there is room for more workers."""
     cpus_per_worker: Positive = 1.0
     """Logical CPUs a worker reserves."""
     use_gpu: bool = False
     """One GPU a worker."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates; 1 shards optimizer state; 2 gradients too; 3 parameters too."""
+    offload_optimizer: Offload = "none"
+    """Where ZeRO 1-3 keeps optimizer state and updates it: with the model, or in the CPU's memory."""
+    offload_parameters: Offload = "none"
+    """Where ZeRO 3 keeps parameters that are not being computed with: there, in the CPU's memory, or in `nvme_path`."""
+    nvme_path: str | None = None
+    """Local folder on a fast disk, for what is offloaded to nvme."""
+    tensor_parallel_size: Count = 1
+    """Workers that share every matrix of the layers (DeepSpeed AutoTP); divides `num_workers`."""
+    sequence_parallel_size: Count = 1
+    """Workers that share every block of tokens (DeepSpeed Ulysses); divides `num_workers` and `block_tokens`."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them."""
+    adam_kernel: Literal["torch", "fused", "deepspeed"] = "torch"
+    """AdamW's step: torch's loop over tensors; torch's fused one; DeepSpeed's FusedAdam or, offloaded to the CPU,
+    DeepSpeedCPUAdam, which are compiled once and need nvcc or g++."""
+    compile: bool = False
+    """Whether torch.compile makes kernels of the model: half a minute at the start of each worker, and more."""
+    attention: Literal["sdpa", "flex", "flash"] = "sdpa"
+    """How attention within packed conversations is computed: with a mask; by FlexAttention, compiled for their borders
+    (GPU); by FlashAttention over their lengths (GPU, package flash-attn)."""
+    loss_chunk_tokens: Count = 1_024
+    """Tokens whose logits are in memory at a time."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass."""
     micro_batch_size: Count = 8
     """Blocks a worker computes at once."""
     gradient_accumulation_steps: Count = 1
     """Micro batches added up before a step."""
+    global_batch_size: Count | None = None
+    """Blocks that a step learns from; none: (most) workers x micro batch x accumulation, as the run began. On another
+    number of workers the accumulation changes instead."""
     max_steps: Count = 300
     """Optimizer steps in all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -186,60 +176,135 @@ class TrainingConfig(Section):
     validation_blocks: Count = 64
     """Blocks of held-out conversations a validation reads."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
+    """Checkpoints kept: those with the lowest validation loss, and the newest besides."""
+    publish: Literal["best", "last"] = "best"
+    """Whether the model of the kept checkpoint with the lowest validation loss is registered, or the last step's."""
+    on_bad_loss: Literal["skip", "roll_back", "stop"] = "skip"
+    """What is done about a step whose loss is not finite or jumps. skip: its gradient is thrown away. roll_back: to
+    the last checkpoint, and on without that step's blocks. stop: the stage fails."""
+    bad_loss_factor: Annotated[float, Field(gt=1)] = 5.0
+    """A loss this many times the median of the last 50 steps, and at least 1 above it, has jumped."""
+    max_bad_losses: Annotated[int, Field(ge=0)] = 10
+    """After more bad losses than these the stage fails, whatever `on_bad_loss` says."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures survived by going back to the last checkpoint; -1: any number."""
     seed: int = 17
     """Of initial weights and data order."""
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a run learns: submitted again with others of the rest, it goes on."""
+        return self.model_dump(mode="json", exclude=set(HOW_A_RUN_IS_COMPUTED))
 
-class DimensionConfig(Section):
-    """One dimension of a search."""
+    @property
+    def min_workers(self) -> int:
+        """The fewest that training goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
-    kind: Literal["float", "log_float", "int", "choice"]
-    """How values are drawn."""
-    low: float | None = None
-    """Lowest value of a range."""
-    high: float | None = None
-    """Highest value of a range."""
-    choices: tuple[Any, ...] = ()
-    """Values of a choice."""
+    @property
+    def max_workers(self) -> int:
+        """The most that it uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks that a step of a new run learns from."""
+        return self.global_batch_size or self.max_workers * self.micro_batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
-    def _complete(self) -> "DimensionConfig":
-        if self.kind == "choice":
-            if not self.choices:
-                raise ValueError("a choice needs `choices`, a list of values")
-        elif self.low is None or self.high is None or not self.low < self.high:
-            raise ValueError(f"{self.kind} needs `low` < `high`, got low={self.low} high={self.high}")
-        elif self.kind == "log_float" and self.low <= 0:
-            raise ValueError(f"log_float needs low > 0, got {self.low}")
+    def _consistent(self) -> "TrainingConfig":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers is [fewest, most], got {list(self.num_workers)}")  # type: ignore[arg-type]
+        if self.global_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}: a step takes whole micro batches"
+            )
         return self
 
+    @model_validator(mode="after")
+    def _method_fits(self) -> "TrainingConfig":
+        if self.objective == "dpo" and self.base_model.startswith("preset:"):
+            raise ValueError(
+                f"objective=dpo prefers among what a trained model says, and base_model={self.base_model} is random: "
+                "name a registered model, a folder or a hub id"
+            )
+        if self.workers_per_batch > 1 and (self.method == "lora" or self.objective == "dpo"):
+            raise ValueError(
+                f"method={self.method} with objective={self.objective} is computed by one worker a batch: set "
+                "tensor_parallel_size=1 and sequence_parallel_size=1"
+            )
+        if self.method == "full":
+            if self.lora.load_in_8bit:
+                raise ValueError("lora.load_in_8bit=true needs method=lora: int8 weights cannot be trained themselves")
+            return self
+        if self.base_model.startswith("preset:"):
+            raise ValueError(
+                f"method=lora adapts a trained model, and base_model={self.base_model} is random: "
+                "name a registered model, a folder or a hub id, or use method=full"
+            )
+        if self.optimizer == "muon":
+            raise ValueError("optimizer=muon orthogonalises whole weight matrices, method=lora has none: use adamw")
+        if self.lora.load_in_8bit and self.zero_stage == 3:
+            raise ValueError(
+                "lora.load_in_8bit=true with zero_stage=3: bitsandbytes keeps int8 weights where DeepSpeed cannot "
+                "shard them; use zero_stage 0 to 2, or load_in_8bit=false"
+            )
+        return self
 
-class TuningConfig(Section):
-    """Search over configuration keys before training."""
+    @property
+    def workers_per_batch(self) -> int:
+        """Workers that compute one batch together."""
+        return self.tensor_parallel_size * self.sequence_parallel_size
 
-    trials: Count = 4
-    """Trials in all."""
-    concurrent_trials: Count = 2
-    """Trials at a time."""
-    max_steps: Count = 40
-    """Steps of a trial that is not stopped early; replaces `training.max_steps` within the search."""
-    grace_steps: Count = 10
-    """Steps before ASHA may stop a trial; also the steps between a trial's reports."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """ASHA keeps one trial in this many at each rung."""
-    num_workers: Count = 1
-    """Ray Train workers a trial."""
-    random_trials: Count = 2
-    """Trials drawn at random before the Gaussian process has anything to fit."""
-    space: dict[str, DimensionConfig] = {
-        "training.learning_rate": DimensionConfig(kind="log_float", low=5e-4, high=1e-2),
-    }
-    """Dotted configuration keys and the values they may take."""
-    seed: int = 17
-    """Of the searcher."""
+    @model_validator(mode="after")
+    def _go_together(self) -> "TrainingConfig":
+        tensor, sequence = self.tensor_parallel_size, self.sequence_parallel_size
+        if tensor > 1 and sequence > 1:
+            raise ValueError(
+                f"tensor_parallel_size={tensor} and sequence_parallel_size={sequence} exclude each other: DeepSpeed "
+                "0.19's Ulysses takes all heads of a layer, of which tensor parallel leaves a worker some; set one to 1"
+            )
+        for name, size in (("tensor_parallel_size", tensor), ("sequence_parallel_size", sequence)):
+            if size > 1 and self.min_workers != self.max_workers:
+                raise ValueError(
+                    f"{name}={size} needs a fixed num_workers, got {self.min_workers} to {self.max_workers}"
+                )
+            if self.max_workers % size:
+                raise ValueError(f"num_workers={self.num_workers} cannot be shared out to groups of {name}={size}")
+        if self.block_tokens % sequence:
+            raise ValueError(
+                f"block_tokens={self.block_tokens} cannot be cut into sequence_parallel_size={sequence} parts"
+            )
+        if tensor > 1 and self.optimizer == "muon":
+            raise ValueError(
+                f"optimizer=muon needs whole matrices, tensor_parallel_size={tensor} leaves a worker a part of each: "
+                "set optimizer=adamw, or tensor_parallel_size=1"
+            )
+        if self.attention != "sdpa" and not self.use_gpu:
+            raise ValueError(
+                f"attention={self.attention} has no backward pass on a CPU (torch 2.13): set sdpa, or use_gpu=true"
+            )
+        if self.attention != "sdpa" and sequence > 1:
+            raise ValueError(
+                f"attention={self.attention} and sequence_parallel_size={sequence} exclude each other: DeepSpeed 0.19 "
+                "would make a mask that forgets where conversations end; set attention=sdpa"
+            )
+        if self.adam_kernel != "torch" and self.optimizer == "muon":
+            raise ValueError(f"adam_kernel={self.adam_kernel} is for optimizer=adamw; DeepSpeed's Muon has its own")
+        self._check_offload()
+        return self
+
+    def _check_offload(self) -> None:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload_optimizer={self.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters={self.offload_parameters} needs zero_stage=3, not {self.zero_stage}")
+        if self.offload_optimizer == "nvme":
+            raise ValueError(
+                "offload_optimizer=nvme has no checkpoints: DeepSpeed 0.19 swaps the state out of reach; use cpu"
+            )
+        if self.offload_parameters == "nvme" and self.nvme_path is None:
+            raise ValueError("offload_parameters=nvme needs nvme_path, a local folder on a fast disk")
 
 
 class CompressionConfig(Section):
@@ -409,6 +474,16 @@ class Config(Section):
     """What is watched."""
     lifecycle: LifecycleConfig = LifecycleConfig()
     """The path as a whole."""
+    lineage: LineageConfig = LineageConfig()
+    """OpenLineage events."""
+    versions: VersionsConfig = VersionsConfig()
+    """Versions of a table: list, tag, go back, compare."""
+    maintenance: MaintenanceConfig = MaintenanceConfig()
+    """Small files, old versions and files that no version needs."""
+    export: ExportConfig = ExportConfig()
+    """A table version, or a model version, as plain files."""
+    forget: ForgetConfig = ForgetConfig()
+    """Conversations that are to be gone from every version."""
 
     def digest(self, *sections: str) -> str:
         """SHA-256 of the named sections, or of the whole tree."""
@@ -500,7 +575,8 @@ def _validated(tree: dict[str, Any], where: Any) -> Config:
 
 def _explain(problem: ErrorDetails, where: Any) -> str:
     """One sentence: file and line, key, what is wrong, what is allowed."""
-    location = list(problem["loc"])
+    # Of a setting that may be one thing or another, pydantic names the alternative as well.
+    location = [part for part in problem["loc"] if not str(part).startswith(("constrained-", "tuple["))]
     key = ".".join(str(part) for part in location)
     place = f"{where(key)}: {key}"
     if problem["type"] == "extra_forbidden":
@@ -519,6 +595,8 @@ def _explain(problem: ErrorDetails, where: Any) -> str:
     message = (
         problem["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     )
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{place}: {message}"  # a section's own check says which value it is about
     return f"{place}: {message}{unit}, got {value}"
 
 

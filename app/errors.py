@@ -5,12 +5,15 @@
     ├── ClusterError                      no cluster, or not enough of one
     ├── StorageError                      a location that cannot be read or written
     ├── SourceError                       a source that is missing or unreadable
+    │   └── SourceUnavailable             ... and may be back soon
     ├── TableError                        a table or table version that is not there
+    │   └── TableNotFound                 ... the table as a whole
     ├── RegistryError                     a model version or alias that is not there
     ├── ResponseNotFound                  an id that no answer carries
     ├── ModelError                        a model folder that cannot be loaded safely
     ├── StageRefused                      a stage did its work and its gate said no
     ├── StageFailed                       a stage could not do its work
+    │   └── TableChanged                  ... since another writer was faster; it can be tried again
     └── RequestError             an HTTP status, a code and the offending parameter
 
 Each class hands every constructor argument, positionally, to `Exception.__init__`, and builds its
@@ -51,8 +54,16 @@ class SourceError(RayloopError):
     """An ingestion source is missing or unreadable."""
 
 
+class SourceUnavailable(SourceError):
+    """A source does not answer; trying again may help."""
+
+
 class TableError(RayloopError):
     """A table, or a version of it, does not exist or is damaged."""
+
+
+class TableNotFound(TableError):
+    """There is no table of that name; or no catalog yet."""
 
 
 class RegistryError(RayloopError):
@@ -69,6 +80,10 @@ class ModelError(RayloopError):
 
 class StageFailed(RayloopError):
     """A stage could not do its work."""
+
+
+class TableChanged(StageFailed):
+    """Another writer changed a table meanwhile; what was to be added was not."""
 
 
 class StageRefused(RayloopError):

@@ -1,4 +1,4 @@
-"""What every job does around its stage: configuration, dry run, receipts, signals, the last line.
+"""What every job does around its stage: configuration, dry run, receipts, lineage events, signals, the last line.
 
     python -m jobs.<verb> --config F [--set k=v ...] [--dry-run]
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from app import openlineage
 from app.config import Config, load
 from app.errors import ClusterError, RayloopError, StageRefused
 from app.storage import Storage
@@ -57,6 +58,9 @@ class Job:
     needs_cluster: bool = True
     """Whether `run` works on a Ray cluster."""
 
+    switches: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Flags of its own: each sets a setting to true; name -> (setting, help)."""
+
     def fingerprint(self, config: Config, inputs: dict[str, Any]) -> str:
         """Digest of all that decides the stage's result."""
         return digest([self.stage, inputs, config.digest(*self.sections), code_version(*self.packages)])
@@ -74,6 +78,8 @@ class Job:
         """Run from the command line; returns the exit code. The last line printed is a JSON object."""
         parser = argparse.ArgumentParser(prog=f"python -m jobs.{self.stage}", allow_abbrev=False)
         add_arguments(parser)
+        for name, (key, text) in self.switches.items():
+            parser.add_argument(f"--{name}", action="append_const", dest="set", const=f"{key}=true", help=text)
         options = parser.parse_args(arguments)
         started_s = time.monotonic()
         line: dict[str, Any] = {
@@ -85,7 +91,8 @@ class Job:
         set_up_logging(job=job_id(), stage=self.stage)
         try:
             config = load(options.config, options.set)
-            code = self._work(config, options.dry_run, line)
+            with openlineage.reporting(config, self.stage, job_id(), enabled=not options.dry_run) as run:
+                code = self._work(config, options.dry_run, line, run)
         except StageRefused as refusal:
             line |= {"status": "refused", "error": str(refusal), "figures": refusal.figures}
         except RayloopError as error:
@@ -101,7 +108,7 @@ class Job:
         print(json.dumps(line, default=str), flush=True)
         return code
 
-    def _work(self, config: Config, dry_run: bool, line: dict[str, Any]) -> int:
+    def _work(self, config: Config, dry_run: bool, line: dict[str, Any], run: openlineage.Run) -> int:
         line["inputs"] = inputs = self.inputs(config)
         if dry_run:
             planned = self.plan(config, inputs)
@@ -114,6 +121,7 @@ class Job:
         if receipt := self.receipt(config, inputs):
             line |= {"status": "up_to_date", "outputs": receipt["outputs"], "figures": receipt["figures"]}
             return 0
+        run.start(inputs)
         if self.needs_cluster:
             connect()
             # Ray 2.60 puts a handler of its own before ours, which aborts the process 3 s after the signal.
@@ -123,6 +131,7 @@ class Job:
         name = f"{self.fingerprint(config, inputs)}.json"
         content = {**line, "job": job_id(), "config": config.model_dump(mode="json")}
         Storage(config.storage.uri).write(json.dumps(content, default=str).encode(), "receipts", self.stage, name)
+        run.complete(outcome.outputs, outcome.figures, outcome.status == "done")
         return 0
 
 

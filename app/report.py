@@ -2,7 +2,7 @@
 
     page = render("Evaluation of support/3", [Section("Figures", [Cards([Card("Perplexity", 1.38)])])])
 
-A section is a title, a note and blocks: cards, tables, plots and passages of text. All text is escaped.
+A section is a title, a note and blocks: cards, tables, bars, plots and passages of text. All text is escaped.
 """
 
 import functools
@@ -58,6 +58,26 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """Named series of values by category, beside each other: {series: {category: value}}; categories in the order of
+    the first series. Drawn by the page itself, without a plot."""
+
+    series: Mapping[str, Mapping[str, float]]
+    caption: str
+    kind: str = field(default="bars", init=False)
+
+    @property
+    def categories(self) -> list[str]:
+        """Those of any series."""
+        return list(dict.fromkeys(name for values in self.series.values() for name in values))
+
+    @property
+    def largest(self) -> float:
+        """The value whose bar takes the whole width."""
+        return max((value for values in self.series.values() for value in values.values()), default=0.0) or 1.0
+
+
+@dataclass(frozen=True)
 class Passages:
     """Texts to be read against each other: each item is a list of (name, text), with notes beside its number."""
 
@@ -66,7 +86,7 @@ class Passages:
     kind: str = field(default="passages", init=False)
 
 
-Block = Cards | Table | Plot | Passages
+Block = Cards | Table | Plot | Bars | Passages
 
 
 @dataclass(frozen=True)
@@ -138,14 +158,37 @@ def heatmap(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], cap
     return Plot(_svg(figure, caption), caption)
 
 
-def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, x: str, y: str) -> Plot:
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, x: str, y: str, legend: bool = True
+) -> Plot:
     """Named curves, each its x values and its y values."""
     figure, axes = _figure(6.4, 2.6)
     for name, (across, up) in series.items():
         axes.plot(across, up, label=_plain(name), linewidth=1.6)
     axes.set_xlabel(_plain(x))
     axes.set_ylabel(_plain(y))
-    if len(series) > 1:
+    if legend and len(series) > 1:
+        axes.legend(frameon=False)
+    return Plot(_svg(figure, caption), caption)
+
+
+def scatter(
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]], caption: str, x: str, y: str, *,
+    log_x: bool = False, line: tuple[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> Plot:  # fmt: skip
+    """Named clouds of points, each its x values (numbers or words) and its y values; perhaps with one named line."""
+    figure, axes = _figure(6.4, 2.6)
+    for name, (across, up) in series.items():
+        places = [_plain(place) if isinstance(place, str) else place for place in across]
+        axes.scatter(places, up, label=_plain(name), s=22, alpha=0.8)
+    if line is not None:
+        name, (across, up) = line
+        axes.step(across, up, where="post", color=INK, linewidth=1.2, label=_plain(name))
+    if log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(_plain(x))
+    axes.set_ylabel(_plain(y))
+    if len(series) > 1 or line is not None:
         axes.legend(frameon=False)
     return Plot(_svg(figure, caption), caption)
 
@@ -231,6 +274,12 @@ td.share { min-width: 104px; white-space: nowrap; font-variant-numeric: tabular-
 .bar { display: inline-block; width: 52px; height: 8px; background: #eaeef2; border-radius: 4px; margin-right: 8px }
 .bar i { display: block; height: 8px; border-radius: 4px; background: var(--accent) }
 figure { margin: 0 0 12px } figure svg { max-width: 100%; height: auto; display: block }
+.bars { max-width: 640px } .bars i { display: block; height: 9px; min-width: 1px; background: #b9c4cf }
+.bars i.s1 { background: var(--accent) } .bars p { font-size: 13px; margin: 0 0 6px }
+.bars p i { display: inline-block; width: 12px; margin: 0 6px 0 12px } .bars p i:first-child { margin-left: 0 }
+.bars div { display: grid; grid-template-columns: 190px 1fr 60px; gap: 0 10px; align-items: center; padding: 2px 0 }
+.bars div { font-size: 12px; line-height: 1.1; overflow-wrap: anywhere } .bars div span:last-child { text-align: right;
+  font-variant-numeric: tabular-nums } .bars div span:first-child { text-align: right }
 figcaption { font-size: 13px; color: var(--soft) }
 .passage { border-top: 1px solid var(--line); padding: 12px 0 4px }
 .passage:first-child { border-top: 0; padding-top: 0 }
@@ -275,6 +324,18 @@ and column not in block.shares %} class="number"{% endif %}>{{ column }}</th>{% 
 {% endfor %}
 </tbody>
 </table></div>
+{% elif block.kind == "bars" %}
+<figure class="bars">
+{% if block.series|length > 1 %}
+<p class="soft">{% for name in block.series %}<i class="s{{ loop.revindex }}"></i>{{ name }} {% endfor %}</p>
+{% endif %}
+{% for category in block.categories %}
+<div><span>{{ category }}</span><span>{% for name, values in block.series.items() %}\
+<i class="s{{ loop.revindex }}" style="width:{{ (100 * values.get(category, 0.0) / block.largest)|round(2) }}%" \
+title="{{ name }}: {{ values.get(category, 0.0)|shown }}"></i>{% endfor %}</span>\
+<span>{% for values in block.series.values() %}{{ values.get(category, 0.0)|shown }}<br>{% endfor %}</span></div>
+{% endfor %}
+<figcaption>{{ block.caption }}</figcaption></figure>
 {% elif block.kind == "plot" %}
 <figure>{{ block.svg|safe }}<figcaption>{{ block.caption }}</figcaption></figure>
 {% else %}

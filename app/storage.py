@@ -7,6 +7,10 @@ Layout below the root:
     checkpoints/ search/    Ray Train and Ray Tune state
     receipts/<stage>/       what each stage run took and gave
     traffic/                exchanges and feedback
+    ingested/ staging/      how far sources were read; blocks of ingests that run or were killed
+    packed/                 blocks of tokens, by table version
+    exports/ exported/      exports without a folder of their own; notes of all
+    forgetting/             files that are to go, while they go
     reports/<stage>/        one folder a run: report.html, report.json
     code/                   the packaged code that deployed applications run
 """
@@ -20,36 +24,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 from pyarrow import fs
 
 from app.errors import StorageError
+from app.filesystems import fill, is_object_store
+from app.filesystems import open_uri as open_uri
+from app.filesystems import resolve as resolve
 
-
-def resolve(uri: str) -> str:
-    """Make a relative path absolute against RAYLOOP_HOME, else the current directory; URIs stay as they are.
-
-    A submitted job runs in a copy of the code, so its current directory is not the user's.
-    """
-    if "://" in uri:
-        return uri
-    home = os.environ.get("RAYLOOP_HOME", os.getcwd())
-    return os.path.normpath(os.path.join(home, os.path.expanduser(uri)))
-
-
-def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem and the path within it of a URI or local path.
-
-    Raises:
-        StorageError: No filesystem answers to the URI's scheme.
-    """
-    try:
-        filesystem, path = fs.FileSystem.from_uri(resolve(uri))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise StorageError(
-            f"cannot open {uri!r} ({error})", "use a local path, s3://, gs://, abfs:// or hdfs://"
-        ) from error
-    return filesystem, path
+STAGING, INGESTED = "staging", "ingested"
+"""Folders that ingests write beside the tables: blocks on their way, and how far sources were read."""
 
 
 class Storage:
@@ -76,33 +59,44 @@ class Storage:
         return "/".join([self.root_path, *parts])
 
     def exists(self, *parts: str) -> bool:
-        """Whether a file or folder is there."""
-        return bool(self.filesystem.get_file_info(self.path(*parts)).type != fs.FileType.NotFound)
+        """Whether a file or folder is there.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        try:
+            return bool(self.filesystem.get_file_info(self.path(*parts)).type != fs.FileType.NotFound)
+        except OSError as error:
+            raise StorageError(f"cannot look for {self.uri(*parts)} ({error})") from error
 
     def read(self, *parts: str) -> bytes:
         """The whole content of one file.
 
         Raises:
-            StorageError: It is not there or cannot be read.
+            StorageError: It is not there or cannot be read to its end.
         """
         try:
-            with self.filesystem.open_input_stream(self.path(*parts), compression=None) as stream:
-                return bytes(stream.read())
+            with self.filesystem.open_input_file(self.path(*parts)) as file:
+                content = bytearray(file.size())
+                fill(file, memoryview(content))
+                return bytes(content)
         except OSError as error:
             raise StorageError(f"cannot read {self.uri(*parts)} ({error})") from error
 
     def write(self, content: bytes, *parts: str) -> str:
         """Write one file so that readers see all of it or none; returns its URI.
 
-        Local files are written aside, fsynced and renamed; object stores show an object only when it is whole.
+        Files are written aside and renamed, local ones fsynced; object stores show an object only when it is whole.
+
+        Raises:
+            StorageError: It cannot be written.
         """
         path = self.path(*parts)
         try:
-            self.filesystem.create_dir(os.path.dirname(path), recursive=True)
             if not self.is_local:
-                with self.filesystem.open_output_stream(path, compression=None) as stream:
-                    stream.write(content)
+                self._write_remote(content, path)
                 return self.uri(*parts)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as aside:
                 aside.write(content)
                 aside.flush()
@@ -113,44 +107,119 @@ class Storage:
             raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
         return self.uri(*parts)
 
+    def _write_remote(self, content: bytes, path: str) -> None:
+        aside = path if is_object_store(self.filesystem) else f"{path}.{_unique()}"
+        if aside != path:
+            self.filesystem.create_dir(os.path.dirname(path), recursive=True)
+        with self.filesystem.open_output_stream(aside, compression=None) as stream:
+            stream.write(content)
+        if aside != path:
+            self.filesystem.move(aside, path)
+
     def list(self, *parts: str) -> list[str]:
-        """The names directly below a folder, sorted; empty if the folder is not there."""
-        selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        """The names directly below a folder, sorted; empty if the folder is not there.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        folder = self.path(*parts)
+        # Google's store names only what is below a folder, unless the folder was made as an object of its own.
+        recursive = isinstance(self.filesystem, fs.GcsFileSystem)
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+            return sorted({info.path.removeprefix(folder).lstrip("/").partition("/")[0] for info in infos})
+        except OSError as error:
+            raise StorageError(f"cannot list {self.uri(*parts)} ({error})") from error
 
     def upload(self, folder: Path, *parts: str) -> str:
-        """Copy a local folder below the root; returns its URI. What is already there under that name goes."""
+        """Copy a local folder below the root; returns its URI. What is already there under that name goes.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
         target = self.path(*parts)
         if self.is_local:
-            aside = Path(f"{target}.partial-{os.getpid()}-{time.monotonic_ns()}")
+            aside = Path(f"{target}.{_unique()}")
             shutil.copytree(folder, aside)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(aside, target)
-        else:
+            return self.uri(*parts)
+        try:
+            if self.exists(*parts):
+                self.filesystem.delete_dir(target)
             fs.copy_files(str(folder), target, destination_filesystem=self.filesystem)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
         return self.uri(*parts)
+
+    def remove(self, *parts: str) -> None:
+        """Remove a folder and all below it; one that is not there is none.
+
+        Raises:
+            StorageError: It cannot be removed.
+        """
+        try:
+            if self.exists(*parts):
+                self.filesystem.delete_dir(self.path(*parts))
+        except OSError as error:
+            raise StorageError(f"cannot remove {self.uri(*parts)} ({error})") from error
+
+    def add(self, folder: Path, *parts: str) -> str:
+        """Copy the files of a local folder into one below the root, to what is there already; returns its URI.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        target = self.path(*parts)
+        try:
+            self.filesystem.create_dir(target, recursive=True)
+            fs.copy_files(str(folder), target, destination_filesystem=self.filesystem)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
+        return self.uri(*parts)
+
+
+def _unique() -> str:
+    return f"partial-{os.getpid()}-{time.monotonic_ns()}"
 
 
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
-    """A local view of the folder at `uri`: the folder itself if it is local, else a copy cached by URI.
+    """A local view of the folder at `uri`: the folder itself if it is local, else a copy, cached until it changes.
 
     Raises:
-        StorageError: The folder is not there.
+        StorageError: The folder is not there, or cannot be copied.
     """
     filesystem, path = open_uri(uri)
-    if filesystem.get_file_info(path).type != fs.FileType.Directory:
-        raise StorageError(f"no folder at {uri}", "check the path and that its stage has run")
-    if isinstance(filesystem, fs.LocalFileSystem):
-        yield Path(path)
-        return
-    cached = Path(tempfile.gettempdir()) / "rayloop-cache" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    if not cached.is_dir():
-        partial = Path(f"{cached}.partial-{os.getpid()}")
-        partial.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(path, str(partial), source_filesystem=filesystem)
+    try:
+        if filesystem.get_file_info(path).type != fs.FileType.Directory:
+            raise StorageError(f"no folder at {uri}", "check the path and that its stage has run")
+        copied = Path(path) if isinstance(filesystem, fs.LocalFileSystem) else _copied(filesystem, path, uri)
+    except OSError as error:
+        raise StorageError(f"cannot read {uri} ({error})") from error
+    yield copied
+
+
+def _copied(filesystem: fs.FileSystem, path: str, uri: str) -> Path:
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    state = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == fs.FileType.File)
+    name = hashlib.sha256(repr((uri, state)).encode()).hexdigest()[:16]
+    cached = Path(tempfile.gettempdir()) / "rayloop-cache" / name
+    if cached.is_dir():
+        return cached
+    partial = cached.with_name(f"{name}.{_unique()}")
+    partial.mkdir(parents=True)
+    fs.copy_files(path, str(partial), source_filesystem=filesystem)
+    for file, size, _ in state:
+        copy = partial / file.removeprefix(path).lstrip("/")
+        if copy.stat().st_size != size:
+            raise StorageError(
+                f"{uri} was cut short: {copy.name} has {copy.stat().st_size} of {size} bytes", "try again"
+            )
+    with contextlib.suppress(OSError):  # another process was faster
         os.replace(partial, cached)
-    yield cached
+    return cached
 
 
 def sync_folder(folder: str) -> None:

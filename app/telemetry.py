@@ -43,9 +43,22 @@ SLOTS_IN_USE = Metric("rayloop_slots_in_use", "gauge", "Sequences being generate
 HANDOVERS = Metric("rayloop_handovers_total", "counter", "Answers handed to a person.", ("reason",))
 FEEDBACK = Metric("rayloop_feedback_total", "counter", "Feedback received.", ("variant", "rating"))
 
+INGEST_RECORDS = Metric("rayloop_ingest_records_total", "counter", "Records ingested.", ("outcome",))
+INGEST_RETRIES = Metric("rayloop_ingest_retries_total", "counter", "Blocks that were examined again.")
+INGEST_LAG = Metric(
+    "rayloop_ingest_lag_messages", "gauge", "Messages that were not committed yet.", ("topic", "partition")
+)
+
 TRAINING_LOSS = Metric("rayloop_training_loss", "gauge", "Loss of the latest training step.", ("run",))
 VALIDATION_LOSS = Metric("rayloop_validation_loss", "gauge", "Latest validation loss.", ("run",))
+TRAINING_BAD_LOSSES = Metric(
+    "rayloop_training_bad_losses_total", "counter", "Steps whose loss was not finite or jumped.", ("run", "action")
+)
 TRAINING_TOKENS_PER_SECOND = Metric("rayloop_training_tokens_per_second", "gauge", "Training throughput.", ("run",))
+TRAINING_GRADIENT_NORM = Metric("rayloop_training_gradient_norm", "gauge", "Before clipping.", ("run",))
+TRAINING_LEARNING_RATE = Metric("rayloop_training_learning_rate", "gauge", "Of the latest step.", ("run",))
+TRAINING_MFU = Metric("rayloop_training_mfu", "gauge", "Model FLOPs as a share of a matrix product's.", ("run",))
+TRAINING_MEMORY = Metric("rayloop_training_memory_bytes", "gauge", "The most memory that worker 0 has held.", ("run",))
 
 MONITORED_EXCHANGES = Metric("rayloop_monitored_exchanges", "gauge", "Exchanges in the window.", ("variant",))
 MONITORED_FEEDBACK_FRACTION = Metric(

@@ -201,6 +201,23 @@ def read_feedback(storage: Storage, since: datetime.datetime | None = None) -> I
         yield record
 
 
+def files(storage: Storage) -> list[tuple[str, int]]:
+    """The log's files and their sizes: they change with every record.
+
+    Raises:
+        StorageError: The log cannot be listed.
+    """
+    found = []
+    for folder in _FOLDERS.values():
+        selector = fs.FileSelector(storage.path("traffic", folder), allow_not_found=True)
+        try:
+            infos = storage.filesystem.get_file_info(selector)
+        except OSError as error:
+            raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
+        found += [(f"{folder}/{info.base_name}", info.size) for info in infos if _SEGMENT.match(info.base_name)]
+    return sorted(found)
+
+
 def find(storage: Storage, response_id: str) -> tuple[Exchange | None, list[Feedback]]:
     """The exchange with an id and all feedback on it, oldest first.
 

@@ -50,7 +50,8 @@ def why(storage: Storage, response_id: str) -> dict[str, Any]:
     except (ModelError, StorageError) as error:
         chain["model"]["missing"] = str(error)
         return chain
-    chain["model"] |= {"stage": origin.stage, "compressed_from": origin.parent}
+    parent = "trained_from" if origin.stage == "train" and origin.parent else "compressed_from"
+    chain["model"] |= {"stage": origin.stage, parent: origin.parent}
     chain["run"] = {
         "run_id": origin.run_id,
         "job_id": origin.job_id,

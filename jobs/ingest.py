@@ -1,6 +1,6 @@
 """Sources to a table version: read, check, de-duplicate, split, and append in one commit.
 
-python -m jobs.ingest --config jobs/configs/demo.yaml [--set ingestion.sample.conversations=1000] [--dry-run]
+python -m jobs.ingest --config jobs/configs/demo.yaml [--set K=V] [--dry-run] [--follow]
 """
 
 import sys
@@ -14,7 +14,12 @@ from app.versions import TableVersion, as_json
 
 
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
-    """Ingest everything that is not in the table yet."""
+    """Ingest everything that is not in the table yet; with `follow`, go on until SIGTERM."""
+    if config.ingestion.follow.enabled:
+        from app.ingestion.follow import follow
+
+        followed = follow(config)
+        return Outcome(followed.outputs, followed.figures)
     from app.ingestion.pipeline import ingest
 
     ingested = ingest(config)
@@ -36,8 +41,8 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def still_there(config: Config, outputs: dict[str, Any]) -> bool:
-    """Whether the snapshot can still be read."""
-    return tables.exists(config, TableVersion(**outputs["table"]))
+    """Whether the snapshot can still be read; following is never done."""
+    return not config.ingestion.follow.enabled and tables.exists(config, TableVersion(**outputs["table"]))
 
 
 def _now(config: Config, name: str) -> dict[str, Any]:
@@ -49,7 +54,16 @@ def _now(config: Config, name: str) -> dict[str, Any]:
     return {"table": name, "snapshot_id": snapshot.snapshot_id if snapshot else None, "rows": rows}
 
 
-JOB = Job("ingest", run, inputs, plan, sections=("ingestion",), packages=("ingestion",), still_there=still_there)
+JOB = Job(
+    "ingest",
+    run,
+    inputs,
+    plan,
+    sections=("ingestion",),
+    packages=("ingestion",),
+    still_there=still_there,
+    switches={"follow": ("ingestion.follow.enabled", "go on reading in micro-batches until SIGTERM")},
+)
 
 if __name__ == "__main__":
     sys.exit(JOB.main())

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from app import job
+from app import job, openlineage
 from app.config import Config
 from app.errors import ClusterError, StageFailed
 from app.job import Job, Outcome
@@ -109,7 +109,7 @@ def submit(client: JobSubmissionClient, name: str, handed_on: dict[str, Any], fi
     client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=submission,
-        runtime_env={"working_dir": job.working_dir()},
+        runtime_env={"working_dir": job.working_dir(), "env_vars": openlineage.child_environment()},
         metadata={"rayloop_stage": name},
     )
     return submission

@@ -1,82 +1,68 @@
 """How Ray Data is set up for this stage, and how far it has come."""
 
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from app.telemetry import progress
-
-BLOCK_BYTES = 16 << 20
-"""Size of the blocks that pass between tasks."""
+from app import cluster
+from app.errors import StorageError
+from app.ingestion.parts import BLOCK_BYTES
+from app.ingestion.staging import Staging
+from app.telemetry import INGEST_RETRIES, counter, progress
 
 
 @contextmanager
 def ray_data() -> Iterator[None]:
-    """Ray Data set up for this stage, and for nothing else in the process."""
-    from ray.data import DataContext, ExecutionResources
+    """Ray Data set up for this stage; all but its start at once is put back afterwards."""
+    from ray.data import ExecutionResources
 
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)  # plans and warnings stay in Ray Data's own log file
-    context = DataContext.get_current()
+    from app.datasource import start_at_once
+
+    # Plans and warnings stay in Ray Data's own log file. Others may listen to this logger too, so only its own is told.
+    consoles = [handler for handler in logging.getLogger("ray.data").handlers if handler.name == "console"]
+    levels = [console.level for console in consoles]
+    for console in consoles:
+        console.setLevel(logging.ERROR)
+    context = start_at_once()
     options = context.execution_options
     before = context.enable_progress_bars, context.target_max_block_size, options.resource_limits
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    options.resource_limits = ExecutionResources(cpu=cpus())
+    options.resource_limits = ExecutionResources(cpu=cluster.cpus())
     try:
         yield
     finally:
         context.enable_progress_bars, context.target_max_block_size, options.resource_limits = before
-
-
-def cpus() -> float:
-    """CPUs to work on: no more than there are.
-
-    A local head advertises more than it has, so that Serve's replicas fit; each one used starts a process of
-    2 s. Staging 20,000 records on a machine of two CPUs took 22 s with six, 15 s with two.
-    """
-    import ray
-
-    advertised = float(ray.cluster_resources().get("CPU", 1))
-    alone = sum(node["Alive"] for node in ray.nodes()) == 1
-    return min(advertised, os.cpu_count() or 1) if alone else advertised
-
-
-class _Count:
-    """An actor that adds up how many records have been checked; a task that is tried again counts again."""
-
-    def __init__(self) -> None:
-        self._total = 0
-
-    def add(self, records: int) -> None:
-        self._total += records
-
-    def total(self) -> int:
-        return self._total
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
 
 
 @contextmanager
-def counted(what: str) -> Iterator[Any]:
-    """A counter for tasks to add to, shown while the block runs."""
-    import ray
-
-    count: Any = ray.remote(num_cpus=0)(_Count).remote()
+def watched(what: str, staging: Staging) -> Iterator[None]:
+    """Progress shown while the block runs, and blocks that are examined again counted; both by what is staged."""
     ended = threading.Event()
+    retries, counted = counter(INGEST_RETRIES), 0
 
     def watch() -> None:
+        nonlocal counted
         with progress(what, None, "records") as bar:
-            while not ended.wait(1.0):
-                bar.update(ray.get(count.total.remote()))
-            bar.update(ray.get(count.total.remote()))
+            last = False
+            while not last:
+                last = ended.wait(1.0)
+                try:
+                    records, again = staging.seen()
+                except (OSError, StorageError):
+                    continue  # seen again in a second; the tasks say what is wrong with the store
+                bar.update(records)
+                if again > counted:
+                    retries.inc(again - counted)
+                    counted = again
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield count
+        yield
     finally:
         ended.set()
         watcher.join(timeout=10.0)

@@ -1,39 +1,39 @@
-"""Ingest: read, check, compare, stage, and commit once.
+"""Ingest: one batch, from what is new in the sources to one commit.
 
-    read (a task a file) -> check (a task a batch) -> exchange by content hash, with the hashes that the tables
-    already hold -> stage as data files -> one commit of what was refused, one of what was accepted
+    read       a task a part: raw records with their places
+    examine    a task a block: parse, check, mask, fill in, hash, sign; blocks staged, keys kept
+    decide     copies, contradictions and near-duplicates, among the new keys and those that the table holds
+    finalise   a task a share of the blocks: verdicts applied, anomalies scored, data files written
+    commit     what was refused, then what was accepted together with how far every source has been read
 
 Nothing is seen by a reader before the last commit, so a run that ends earlier, however it ends, has added no
-conversation; and since what a table holds is never added again, running it again gives the same rows.
+conversation; and since that commit also says how far the sources have been read, running it again gives the same
+rows, each once. A stream is this, again and again: see `follow`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
 
 from app import tables
 from app.config import Config
 from app.conversation import SCHEMA
+from app.drift import Drift, compare
 from app.errors import RayloopError, StageFailed, StageRefused, TableError
-from app.ingestion import records, report, sources
-from app.ingestion.execution import counted, cpus, ray_data
-from app.ingestion.quality import Rules
-from app.ingestion.sink import Staged, StagingSink, Target
-from app.ingestion.sources import SourceFile
+from app.ingestion import marks, page, report, sources
+from app.ingestion.batch import process
+from app.ingestion.checks import rule_of
+from app.ingestion.finalisation import Outcome
+from app.ingestion.history import History
+from app.ingestion.parts import Marks, Part, is_stream
+from app.ingestion.quarantine import QUARANTINE
+from app.snapshots import ancestors
 from app.versions import APP, TableVersion, digest
 
 if TYPE_CHECKING:
     from pyiceberg.table import Table
-    from ray.data import Dataset
-
-SHARE_BYTES = 128 << 20
-"""Most source bytes whose rows one staging task holds in memory."""
-LEAST_SHARE_BYTES = 8 << 20
-"""Fewer are not worth a task of their own."""
 
 
 @dataclass(frozen=True)
@@ -44,54 +44,91 @@ class Ingested:
     figures: dict[str, Any]
     added: bool
     """False if everything had been there already."""
+    outcome: Outcome = field(default_factory=Outcome, compare=False)
+    drift: Sequence[Drift] = field(default=(), compare=False)
 
 
 def ingest(config: Config) -> Ingested:
-    """Bring the conversations of all sources into `ingestion.table`.
+    """Bring what is new in the sources into `ingestion.table`: one snapshot, or none if nothing is new.
 
     Raises:
-        SourceError: A source is missing or cannot be read to its end; nothing is added.
-        StageRefused: Too many records were refused; they are in the quarantine table, nothing else is added.
+        SourceError: A source is missing, cannot be read to its end, or has lost what comes next; nothing is added.
+        StageRefused: Too many records broke a rule; they are in the quarantine table, nothing else is added.
         StageFailed: There is nothing to read, or another writer changed the table meanwhile.
     """
     key = ingest_key(config, sources.state(config))
     if done := _earlier(config, key):
         return done
-    files = sources.files_of(config.ingestion)
-    kept_table = tables.open_table(config.storage, config.ingestion.table, SCHEMA)
-    refused_table = tables.open_table(config.storage, config.ingestion.quarantine_table, records.QUARANTINE)
-    staged = stage(config, files, kept_table, refused_table)
-    about = report.describe(config, key, files, staged)
+    both = open_tables(config)
+    known = marks.committed(config, both[0], settings_digest(config))
+    parts = sources.parts_of(config, known)
+    if not parts:
+        if both[0].current_snapshot() is None:
+            raise StageFailed("there is nothing to read yet in any source", "check ingestion.sources, or use --follow")
+        return Ingested(tables.latest(config), report.nothing(), added=False)
+    history = History(config)
+    return ingest_parts(config, parts, known, key, both, partial(_judge, config), history)
+
+
+def ingest_parts(
+    config: Config, parts: Sequence[Part], known: Marks, key: str, both: "tuple[Table, Table]",
+    judge: Callable[[Outcome], None], history: History,
+) -> Ingested:  # fmt: skip
+    """As `ingest`, of these parts; `judge` raises where the outcome is not to be committed."""
+    kept_table, refused_table = both
+    outcome = process(config, parts, kept_table, refused_table, history)
+    drift = drifted(config, kept_table, outcome, history)
+    shown = partial(page.write, config, parts, outcome, drift, history.sketch(kept_table))
+    reached = dict(known) | dict(mark for part in parts if (mark := sources.mark_of(config, part)) is not None)
+    appended: int | None = None
+    about = report.describe(config, key, parts, outcome) | marks.record(config, reached, settings_digest(config))
     try:
-        if staged.refused_files:
-            tables.append(refused_table, staged.refused_files, about)
-        check_share(config, staged)
-        if staged.kept_files:
-            tables.append(kept_table, staged.kept_files, about)
-    except RayloopError:
-        tables.discard(kept_table, staged.kept_files)
+        if outcome.refused_files:
+            tables.append(refused_table, outcome.refused_files, about)
+        judge(outcome)
+        _check_drift(config, drift, outcome)
+        # A stream goes on even where nothing was kept; otherwise what is not new makes no new version.
+        goes_on = config.ingestion.follow.enabled or any(is_stream(part) for part in parts)
+        if outcome.kept_files or goes_on:
+            appended = tables.append(kept_table, outcome.kept_files, about)
+    except RayloopError as error:
+        tables.discard(kept_table, outcome.kept_files)
+        shown(f"refused-{key[:12]}", error)
         raise
-    return Ingested(tables.latest(config), report.figures(about), added=bool(staged.kept_files))
+    version = tables.latest(config) if appended is None else TableVersion(config.ingestion.table, appended)
+    shown(str(version.snapshot_id), None)
+    return Ingested(version, report.figures(about), bool(outcome.kept_files), outcome, drift)
 
 
 def ingest_key(config: Config, state: Sequence[dict[str, Any]]) -> str:
     """What makes an ingest the same as an earlier one: sources, settings and code."""
-    return digest([state, config.digest("ingestion"), _code()])
+    return digest([state, settings_digest(config)])
 
 
-def _code() -> str:
-    """Digest of the code that decides what becomes of a record: other shared modules do not."""
-    modules = [*sorted((APP / "ingestion").glob("*.py")), APP / "conversation.py"]
-    return digest([module.read_text() for module in modules])
+def settings_digest(config: Config) -> str:
+    """Of all that decides what becomes of a record, the sources left out: they have marks of their own."""
+    settings = config.ingestion.model_dump(mode="json", exclude={"sources", "sample", "follow"})
+    shared = (APP / f"{name}.py" for name in ("conversation", "privacy", "personal_data", "presidio"))
+    modules = [*sorted((APP / "ingestion").rglob("*.py")), *shared]
+    return digest([settings, [module.read_text() for module in modules]])
+
+
+def open_tables(config: Config) -> "tuple[Table, Table]":
+    """The tables of what is accepted and of what is refused; made where they are missing."""
+    ingestion = config.ingestion
+    return (
+        tables.open_table(config.storage, ingestion.table, SCHEMA),
+        tables.open_table(config.storage, ingestion.quarantine_table, QUARANTINE),
+    )
 
 
 def _earlier(config: Config, key: str) -> Ingested | None:
-    """The version that the same ingest made before, whatever became of its receipt."""
+    """The version that the same ingest made before, whatever became of its receipt; not one left by a rollback."""
     try:
         table = tables.open_table(config.storage, config.ingestion.table)
     except TableError:
         return None
-    for snapshot in table.snapshots():
+    for snapshot in ancestors(table):
         about = tables.summary_of(snapshot)
         if about.get("rayloop.ingest_key") == key:
             version = TableVersion(config.ingestion.table, snapshot.snapshot_id)
@@ -99,87 +136,73 @@ def _earlier(config: Config, key: str) -> Ingested | None:
     return None
 
 
-def stage(config: Config, files: Sequence[SourceFile], kept_table: "Table", refused_table: "Table") -> Staged:
-    """Read and check everything, and stage what is new under its table.
-
-    Raises:
-        SourceError: A file cannot be read to its end; nothing has been staged, since staging waits for all files.
-    """
-    from ray.exceptions import RayError
-
-    run = tables.fresh_name()
-    sink = StagingSink(Target.of(kept_table), Target.of(refused_table), run)
-    try:
-        with ray_data(), counted("ingest") as count:
-            rows = _rows(config, files, count, [(kept_table, "content_hash"), (refused_table, "refusal_hash")])
-            rows.write_datasink(sink)
-    except RayError as error:
-        raise _cause(error) from None
-    return sink.staged
+def drifted(config: Config, table: "Table", outcome: Outcome, history: History) -> list[Drift]:
+    """How what was kept differs from what the table holds; empty where either is too small to say."""
+    settings = config.ingestion.drift
+    old, new = history.sketch(table), outcome.sketch
+    if not settings.detect or min(old.size, new.size) < settings.min_conversations:
+        return []
+    return compare(old, new, settings.false_alarm_rate)
 
 
-def _rows(config: Config, files: Sequence[SourceFile], count: Any, held: "Sequence[tuple[Table, str]]") -> "Dataset":
-    """All records and all hashes that the tables hold, exchanged so that one task has all rows of a key."""
-    ingestion = config.ingestion
-    rules = Rules.of(ingestion, datetime.now(UTC))
-    reading = records.Reading(files, ingestion.sources, rules, ingestion.validation_fraction)
-    rows = sources.read(ingestion, files).map_batches(
-        partial(_checked, reading=reading, count=count), batch_size=ingestion.batch_rows, batch_format="pyarrow"
-    )
-    histories = [_history(config, table, column) for table, column in held if table.current_snapshot() is not None]
-    if histories:
-        rows = rows.union(*histories)
-    size = sum(file.size * (5 if file.compression else 1) for file in files)
-    return rows.repartition(shares(size, int(cpus())), keys=["key"])
-
-
-def _checked(batch: pa.Table, reading: records.Reading, count: Any) -> pa.Table:
-    rows = records.rows(batch, reading)
-    count.add.remote(rows.num_rows)
-    return rows
-
-
-def _history(config: Config, table: "Table", column: str) -> "Dataset":
-    snapshot = table.current_snapshot()
-    assert snapshot is not None
-    version = TableVersion(".".join(table.name()), snapshot.snapshot_id)
-    hashes = tables.stream(config, version).select_columns([column])
-    return hashes.map_batches(records.history, batch_format="pyarrow")
-
-
-def shares(size: int, cpus: int) -> int:
-    """Into how many parts the rows of `size` source bytes are exchanged: enough for memory, then for the CPUs."""
-    return max(1, -(-size // SHARE_BYTES), min(cpus, -(-size // LEAST_SHARE_BYTES)))
-
-
-def check_share(config: Config, staged: Staged) -> None:
-    """Stop if there was nothing, or if too much of it was refused.
-
-    Raises:
-        StageFailed: The sources hold no record.
-        StageRefused: The refused share is above its limit, or all of it was refused.
-    """
-    ingestion = config.ingestion
-    if staged.read == 0:
-        raise StageFailed("the sources hold no record", "check ingestion.sources")
-    share = staged.refused / staged.read
-    if share > ingestion.max_refused_fraction or staged.refused == staged.read:
-        often = ", ".join(f"{reason} {count}" for reason, count in staged.refused_by_reason.most_common(5))
+def _check_drift(config: Config, drift: Sequence[Drift], outcome: Outcome) -> None:
+    moved = [entry for entry in drift if entry.drifted]
+    if moved and config.ingestion.drift.stop:
+        effects = ", ".join(f"{entry.name} by {entry.effect:.2f}" for entry in moved)
         raise StageRefused(
-            f"refused {share:.1%} of {staged.read} records ({often}), the limit is "
-            f"{ingestion.max_refused_fraction:.1%}; nothing was added, the refused records are in table "
-            f"{ingestion.quarantine_table}",
-            "correct the sources, or raise ingestion.max_refused_fraction to accept this",
-            report.counts(staged),
+            f"the new conversations are unlike those in the table ({effects}); nothing was added",
+            "look at the report; to accept them set ingestion.drift.stop=false",
+            report.counts(outcome),
         )
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Our own error that a task ended with, if it did."""
-    inner: BaseException | None = error
-    while inner is not None:
-        for found in (getattr(inner, "cause", None), inner):
-            if isinstance(found, RayloopError) and type(found).__module__ == RayloopError.__module__:
-                return found
-        inner = inner.__cause__
-    return error
+def _judge(config: Config, outcome: Outcome) -> None:
+    """Stop if there was nothing, or if too much of it broke a rule.
+
+    Raises:
+        StageFailed: The sources hold no record.
+        StageRefused: A rule's share or the refused share is above its limit, or all of it was refused.
+    """
+    streams = any(source.format in ("kafka", "sql", "traffic") for source in config.ingestion.sources)
+    if outcome.read == 0 and not streams:
+        raise StageFailed("the sources hold no record", "check ingestion.sources")
+    check_rules(config, outcome)
+    check_refused(config, outcome)
+
+
+def check_refused(config: Config, outcome: Outcome) -> None:
+    """Stop if too much was refused.
+
+    Raises:
+        StageRefused: The refused share is above its limit, or all of it was refused.
+    """
+    ingestion = config.ingestion
+    share = outcome.refused / max(1, outcome.read)
+    if share > ingestion.max_refused_fraction or (outcome.read and outcome.refused == outcome.read):
+        often = (outcome.quarantined + outcome.dropped).most_common(5)
+        raise StageRefused(
+            f"refused {share:.1%} of {outcome.read} records ({', '.join(f'{name} {count}' for name, count in often)}), "
+            f"the limit is {ingestion.max_refused_fraction:.1%}; nothing was added, the refused records are in table "
+            f"{ingestion.quarantine_table}",
+            "correct the sources, or raise ingestion.max_refused_fraction to accept this",
+            report.counts(outcome),
+        )
+
+
+def check_rules(config: Config, outcome: Outcome) -> None:
+    """Stop if a rule was broken more often than it may be.
+
+    Raises:
+        StageRefused: It was; nothing is to be added.
+    """
+    ingestion = config.ingestion
+    dropped = outcome.dropped + Counter(near_duplicate=outcome.near_duplicates)
+    for name, count in (outcome.quarantined + dropped + outcome.warned).items():
+        rule = rule_of(ingestion, name)
+        if count > rule.limit * outcome.read:
+            raise StageRefused(
+                f"{count} of {outcome.read} records break rule {name} ({rule.severity}), the limit is "
+                f"{rule.limit:.2%}; nothing was added, refused records are in table {ingestion.quarantine_table}",
+                f"correct the sources, or raise ingestion.rules.{name}.max_fraction",
+                report.counts(outcome),
+            )

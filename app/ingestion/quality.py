@@ -1,41 +1,24 @@
 """From the bytes of a record to a conversation, or to the reason why it is refused."""
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, get_args
 
-from app.config import ColumnsConfig, IngestionConfig
+import orjson
+
 from app.conversation import ROLES, Message, normalised
-
-Reason = Literal[
-    "invalid_encoding",  # bytes that are not UTF-8, or half of a surrogate pair
-    "invalid_json",  # cannot be parsed
-    "invalid_csv",  # a quote in the wrong place
-    "wrong_column_count",  # more or fewer fields than the header
-    "too_long_record",  # more than 16 MB
-    "not_a_record",  # JSON, but not an object
-    "missing_conversation_id",  # the source has ids, this record has none
-    "missing_messages",  # none at all
-    "invalid_messages",  # not a list of {role, content, intent?} of strings
-    "missing_role",
-    "unknown_role",
-    "empty_content",  # nothing but white space
-    "roles_do_not_alternate",  # not [system,] user, assistant, user, ...
-    "too_long_message",
-    "too_many_messages",
-    "unknown_channel",
-    "invalid_language",  # not a string
-    "invalid_timestamp",  # not ISO 8601, before 1970 or in the future
-]
+from app.ingestion.anomalies import mojibake, repaired
+from app.settings.ingestion import ColumnsConfig, DoubtfulRule, IngestionConfig
 
 
 class Refusal(Exception):
-    """A record is refused: it is data, counted and set aside, and no error of the stage."""
+    """A record breaks a rule, one of `RULES` or a check: it is data, counted and set aside, no error of the stage."""
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -49,14 +32,25 @@ class Rules:
     max_messages: int
     channels: frozenset[str]
     now: datetime
+    """A later time is in the future."""
+    languages: frozenset[str] = frozenset()
+    """Empty: any."""
+    intents: frozenset[str] = frozenset()
+    """Empty: any."""
+    warnings: frozenset[str] = frozenset()
+    """Rules that only warn."""
 
     @classmethod
     def of(cls, ingestion: IngestionConfig, now: datetime) -> "Rules":
-        """The rules of a configuration; a time after `now` is in the future."""
-        return cls(ingestion.max_message_chars, ingestion.max_messages, frozenset(ingestion.channels), now)
+        """The rules of a configuration."""
+        warned = (name for name in get_args(DoubtfulRule) if ingestion.rule(name).severity == "warn")
+        return cls(
+            ingestion.max_message_chars, ingestion.max_messages, frozenset(ingestion.channels), now,
+            frozenset(ingestion.languages), frozenset(ingestion.intents), frozenset(warned),
+        )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Conversation:
     """A record that was accepted."""
 
@@ -66,6 +60,28 @@ class Conversation:
     started_at: datetime | None
     intent: str | None
     messages: list[Message]
+    warnings: list[str] = field(default_factory=list)
+    """Rules it breaks that only warn."""
+    imputed: list[str] = field(default_factory=list)
+    """Columns that were filled in."""
+    masked: int = 0
+    """Pieces of personal data that were masked."""
+
+
+class _Judge:
+    """The rules applied to one record: a rule that only warns is noted, any other refuses."""
+
+    __slots__ = ("rules", "warnings")
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.warnings: list[str] = []
+
+    def broken(self, name: DoubtfulRule, detail: str = "") -> None:
+        if name not in self.rules.warnings:
+            raise Refusal(name, detail)
+        if name not in self.warnings:
+            self.warnings.append(name)
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -75,12 +91,20 @@ def parse(raw: bytes) -> dict[str, Any]:
         Refusal: They are none.
     """
     try:
-        value = _loaded(raw.decode())
-    except UnicodeDecodeError as error:
-        raise Refusal("invalid_encoding", f"byte {error.start}") from None
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        value = _parsed_slowly(raw)
     if not isinstance(value, dict):
         raise Refusal("not_a_record", f"a {type(value).__name__}")
     return value
+
+
+def _parsed_slowly(raw: bytes) -> Any:
+    """What Python's parser makes of bytes that the fast one rejects; it knows better where the fault is."""
+    try:
+        return _loaded(raw.decode())
+    except UnicodeDecodeError as error:
+        raise Refusal("invalid_encoding", f"byte {error.start}") from None
 
 
 def _loaded(text: str) -> Any:
@@ -92,7 +116,18 @@ def _loaded(text: str) -> Any:
         raise Refusal("invalid_json", f"beyond what is parsed: {type(error).__name__}") from None
 
 
-def check(row: dict[str, Any], columns: ColumnsConfig, rules: Rules, made_id: str | None) -> Conversation:
+def known_columns(columns: ColumnsConfig) -> frozenset[str] | None:
+    """The columns that a mapping names, none where it takes whatever there is."""
+    if "*" in columns.ignored:
+        return None
+    one_turn = [columns.user, *re.findall(r"\{([^{}]+)\}", columns.assistant or ""), columns.assistant, columns.intent]
+    named = [columns.conversation_id, columns.channel, columns.language, columns.started_at, *columns.ignored]
+    return frozenset(name for name in (*named, *(one_turn if columns.user else [columns.messages])) if name)
+
+
+def check(
+    row: dict[str, Any], columns: ColumnsConfig, rules: Rules, made_id: str | None, known: frozenset[str] | None = None
+) -> Conversation:
     """The conversation in a row, normalised.
 
     Args:
@@ -100,20 +135,25 @@ def check(row: dict[str, Any], columns: ColumnsConfig, rules: Rules, made_id: st
         columns: Which of them is what.
         rules: What is accepted.
         made_id: The id of a record that has none; None where every record must have its own.
+        known: From `known_columns`; None: other columns are no matter.
 
     Raises:
-        Refusal: A rule is broken; the first one that is.
+        Refusal: A rule is broken that does more than warn; the first one that is.
     """
+    judge = _Judge(rules)
+    if known is not None and (unexpected := [name for name in row.keys() - known if row[name] is not None]):
+        judge.broken("unexpected_column", ", ".join(sorted(name[:40] for name in unexpected)[:5]))
     found = one_turn(row, columns) if columns.user is not None else row.get(columns.messages)
-    messages = _messages(found, rules)
+    messages = _messages(found, judge)
     intents = (message.get("intent") for message in messages if message["role"] == "user")
     return Conversation(
         conversation_id=_conversation_id(row.get(columns.conversation_id), made_id),
-        channel=_channel(row.get(columns.channel), rules.channels),
-        language=_language(row.get(columns.language)),
-        started_at=_started_at(row.get(columns.started_at), rules.now),
+        channel=_channel(row.get(columns.channel), judge),
+        language=_language(row.get(columns.language), judge),
+        started_at=_started_at(row.get(columns.started_at), judge),
         intent=next((intent for intent in intents if intent), None),
         messages=messages,
+        warnings=judge.warnings,
     )
 
 
@@ -133,18 +173,20 @@ def fill(template: str, row: dict[str, Any]) -> str:
     return re.sub(r"\{([^{}]+)\}", lambda found: str(row.get(found[1]) or "").replace("_", " "), template)
 
 
-def _messages(value: Any, rules: Rules) -> list[Message]:
+def _messages(value: Any, judge: _Judge) -> list[Message]:
     if isinstance(value, str) and value.strip():
         value = _loaded(value)  # a CSV column holds the list as JSON
     if value is None or value == [] or isinstance(value, str):
         raise Refusal("missing_messages")
     if not isinstance(value, list):
         raise Refusal("invalid_messages", f"a {type(value).__name__}")
-    if len(value) > rules.max_messages:
-        raise Refusal("too_many_messages", str(len(value)))
-    messages = [_message(index, message, rules) for index, message in enumerate(value)]
+    if len(value) > judge.rules.max_messages:
+        judge.broken("too_many_messages", str(len(value)))
+    messages = [_message(index, message, judge) for index, message in enumerate(value)]
     if not alternate([message["role"] for message in messages]):
-        raise Refusal("roles_do_not_alternate")
+        judge.broken("roles_do_not_alternate")
+    if "timestamp" in value[0] and not in_order([message.get("timestamp") for message in value]):
+        judge.broken("timestamps_out_of_order")
     return messages
 
 
@@ -154,27 +196,58 @@ def alternate(roles: Sequence[str]) -> bool:
     return bool(spoken) and all(role == ROLES[1 + place % 2] for place, role in enumerate(spoken))
 
 
-def _message(index: int, value: Any, rules: Rules) -> Message:
+def in_order(times: Sequence[Any]) -> bool:
+    """Whether ISO 8601 times never go back; messages without one are passed over."""
+    try:
+        read = [_utc(time) for time in times if time]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return all(earlier <= later for earlier, later in itertools.pairwise(read))
+
+
+def _message(index: int, value: Any, judge: _Judge) -> Message:
     if not isinstance(value, dict):
         raise Refusal("invalid_messages", f"message {index} is a {type(value).__name__}")
     role, content, intent = value.get("role"), value.get("content"), value.get("intent")
-    if role is None or role == "":
-        raise Refusal("missing_role", f"message {index}")
     if role not in ROLES:
-        raise Refusal("unknown_role", f"message {index}")
+        raise Refusal("missing_role" if role is None or role == "" else "unknown_role", f"message {index}")
     if content is None:
         raise Refusal("empty_content", f"message {index}")
     if not isinstance(content, str) or not (intent is None or isinstance(intent, str)):
         raise Refusal("invalid_messages", f"message {index} holds more than text")
-    text = _text(content)
+    text = _content(content, index, judge)
     if not text:
         raise Refusal("empty_content", f"message {index}")
-    if len(text) > rules.max_message_chars:
-        raise Refusal("too_long_message", f"message {index} has {len(text)} characters")
-    return {"role": role, "content": text, "intent": (_text(intent) or None) if intent else None}
+    if len(text) > judge.rules.max_message_chars:
+        judge.broken("too_long_message", f"message {index} has {len(text)} characters")
+    return {"role": role, "content": text, "intent": _intent(intent, judge) if intent else None}
+
+
+def _content(value: str, index: int, judge: _Judge) -> str:
+    if _is_plain(value):
+        return value
+    if mojibake(value):
+        judge.broken("mojibake", f"message {index}")
+        value = repaired(value)
+    return _text(value)
+
+
+def _intent(value: str, judge: _Judge) -> str | None:
+    intent = _text(value) or None
+    if intent and judge.rules.intents and intent not in judge.rules.intents:
+        judge.broken("unknown_intent")
+        return None
+    return intent
+
+
+def _is_plain(value: str) -> bool:
+    """Whether a text is normalised: nearly every one is ASCII as it should be, and these tests run at memory speed."""
+    return value.isascii() and value.isprintable() and "  " not in value and value[:1] != " " and value[-1:] != " "
 
 
 def _text(value: str) -> str:
+    if _is_plain(value):
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -191,31 +264,43 @@ def _conversation_id(value: Any, made_id: str | None) -> str:
     return found
 
 
-def _channel(value: Any, known: frozenset[str]) -> str:
+def _channel(value: Any, judge: _Judge) -> str:
     if value is None or value == "":
         return "unknown"
     channel = _text(value).casefold() if isinstance(value, str) else ""
-    if channel not in known:
-        raise Refusal("unknown_channel")
+    if channel not in judge.rules.channels:
+        judge.broken("unknown_channel")
+        return "unknown"
     return channel
 
 
-def _language(value: Any) -> str | None:
+def _language(value: Any, judge: _Judge) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise Refusal("invalid_language", f"a {type(value).__name__}")
-    return _text(value) or None
+        judge.broken("invalid_language", f"a {type(value).__name__}")
+        return None
+    language = _text(value) or None
+    if language and judge.rules.languages and language not in judge.rules.languages:
+        judge.broken("unknown_language")
+        return None
+    return language
 
 
-def _started_at(value: Any, now: datetime) -> datetime | None:
+def _started_at(value: Any, judge: _Judge) -> datetime | None:
     if value is None or value == "":
         return None
     try:
-        time = datetime.fromisoformat(value)
-        time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        time = _utc(value)
     except (TypeError, ValueError, OverflowError):
-        raise Refusal("invalid_timestamp", "not ISO 8601") from None
-    if time.year < 1970 or time > now:
-        raise Refusal("invalid_timestamp", "before 1970" if time.year < 1970 else "in the future")
+        judge.broken("invalid_timestamp", "not ISO 8601")
+        return None
+    if time.year < 1970 or time > judge.rules.now:
+        judge.broken("invalid_timestamp", "before 1970" if time.year < 1970 else "in the future")
+        return None
     return time
+
+
+def _utc(value: Any) -> datetime:
+    time = datetime.fromisoformat(value)
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)

@@ -1,41 +1,59 @@
 """What an ingest says of itself: the counts in a job's last line, and the summary of the version it made."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.config import Config
-from app.ingestion.sink import Extent, Staged
-from app.ingestion.sources import SourceFile
+from app.ingestion.finalisation import Extent, Outcome
+from app.ingestion.parts import Part
 from app.job import job_id
 from app.tables import SUMMARY_PREFIX
 from app.versions import code_version
 
 LISTED_SOURCES = 500
-"""Files that a snapshot's summary names one by one; beyond, it names the configured sources."""
+"""Parts that a snapshot's summary names one by one; beyond, it names the configured sources."""
+FIGURES = (
+    "records_read", "records_kept", "records_refused", "duplicates", "near_duplicates", "refused_by_reason",
+    "warned_by_rule", "imputed_by_column", "masked",
+)  # fmt: skip
 
 
-def counts(staged: Staged) -> dict[str, object]:
+def counts(outcome: Outcome) -> dict[str, Any]:
     """How many records were read, and what became of them; reasons with the most frequent first."""
     return {
-        "records_read": staged.read,
-        "records_kept": staged.kept,
-        "records_refused": staged.refused,
-        "duplicates": staged.duplicates,
-        "refused_by_reason": dict(sorted(staged.refused_by_reason.items(), key=lambda item: (-item[1], item[0]))),
+        "records_read": outcome.read,
+        "records_kept": outcome.kept,
+        "records_refused": outcome.refused,
+        "duplicates": outcome.duplicates,
+        "near_duplicates": outcome.near_duplicates,
+        "refused_by_reason": _ordered(outcome.quarantined + outcome.dropped),
+        "warned_by_rule": _ordered(outcome.warned),
+        "imputed_by_column": _ordered(outcome.imputed),
+        "masked": outcome.masked,
     }
 
 
-def describe(config: Config, key: str, files: Sequence[SourceFile], staged: Staged) -> dict[str, str]:
+def nothing() -> dict[str, Any]:
+    """The counts of an ingest that found nothing new."""
+    return counts(Outcome())
+
+
+def _ordered(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def describe(config: Config, key: str, parts: Sequence[Part], outcome: Outcome) -> dict[str, str]:
     """What a snapshot's summary says about the ingest that made it."""
     listed: dict[str, Extent] = {}
-    for index, extent in sorted(staged.extents.items()):
-        one_by_one = len(staged.extents) <= LISTED_SOURCES
-        uri = files[index].uri if one_by_one else config.ingestion.sources[files[index].source].uri
+    for index, extent in sorted(outcome.extents.items()):
+        one_by_one = len(outcome.extents) <= LISTED_SOURCES
+        uri = parts[index].uri if one_by_one else config.ingestion.sources[parts[index].source].uri
         listed.setdefault(uri, Extent()).widen(extent)
     sampled = any(source.format == "sample" for source in config.ingestion.sources)
     about: dict[str, object] = {
-        **counts(staged),
+        **counts(outcome),
         "sources": [
             {
                 "uri": uri,
@@ -57,7 +75,7 @@ def describe(config: Config, key: str, files: Sequence[SourceFile], staged: Stag
     }
 
 
-def figures(about: dict[str, str]) -> dict[str, Any]:
+def figures(about: Mapping[str, str]) -> dict[str, Any]:
     """The counts in a summary, as a job's last line has them."""
-    names = ("records_read", "records_kept", "records_refused", "duplicates", "refused_by_reason")
-    return {name: json.loads(about[f"{SUMMARY_PREFIX}{name}"]) for name in names}
+    found = {name: about.get(f"{SUMMARY_PREFIX}{name}") for name in FIGURES}
+    return {name: json.loads(value) for name, value in found.items() if value is not None}

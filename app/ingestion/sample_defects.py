@@ -127,27 +127,29 @@ def _disclose(record: Record, draw: Draw) -> None:
     message["content"] = f"{message['content']} {text} {value(draw)}"
 
 
-def _digits(draw: Draw, count: int) -> str:
+def digits(draw: Draw, count: int) -> str:
+    """Return so many digits."""
     return "".join(pick(draw, "0123456789") for _ in range(count))
 
 
 # All of these are reserved for examples and fiction, so that none belongs to anybody.
 
 
-def _email(draw: Draw) -> str:
+def email_address(draw: Draw) -> str:
+    """Return an address of a domain for examples."""
     domain = pick(draw, ("example.com", "example.org", "mail.example.net"))  # RFC 2606
-    return f"{pick(draw, 'abcdefghijklm')}.{pick(draw, SURNAMES).lower()}{_digits(draw, 2)}@{domain}"
+    return f"{pick(draw, 'abcdefghijklm')}.{pick(draw, SURNAMES).lower()}{digits(draw, 2)}@{domain}"
 
 
 def _phone(draw: Draw) -> str:
     # Numbers for drama: Ofcom (London), NANPA (555-01xx), Bundesnetzagentur (Berlin, mobile).
     prefix, count = pick(draw, (("+44 20 7946 0", 3), ("+1 202 555 01", 2), ("+49 30 23125 ", 3), ("+49 171 39200", 2)))
-    return prefix + _digits(draw, count)
+    return prefix + digits(draw, count)
 
 
-def _card(draw: Draw) -> str:
+def card_number(draw: Draw) -> str:
     """Return a card number of a range for tests, with the check digit of Luhn."""
-    body = "400000" + _digits(draw, 9)
+    body = "400000" + digits(draw, 9)
     # The digit before the check digit is doubled, and every second one from there to the left.
     total = sum(int(digit) for digit in body[1::2])
     total += sum(sum(divmod(2 * int(digit), 10)) for digit in body[::2])
@@ -155,10 +157,10 @@ def _card(draw: Draw) -> str:
     return " ".join(re.findall("....", number)) if draw() < 0.5 else number
 
 
-def _iban(draw: Draw) -> str:
+def iban_number(draw: Draw) -> str:
     """Return an IBAN with valid check digits (ISO 13616) of a bank that does not exist."""
     country, bank, count = pick(draw, (("DE", "90000000", 10), ("GB", "TEST", 14)))
-    account = bank + _digits(draw, count)
+    account = bank + digits(draw, count)
     as_digits = "".join(str(int(character, 36)) for character in account + country + "00")
     number = f"{country}{98 - int(as_digits) % 97:02d}{account}"
     return " ".join(re.findall(".{1,4}", number)) if draw() < 0.5 else number
@@ -170,10 +172,10 @@ def _ip(draw: Draw) -> str:
 
 
 _DISCLOSURES: tuple[tuple[str, Callable[[Draw], str]], ...] = (
-    ("Write to me at", _email),
+    ("Write to me at", email_address),
     ("Call me on", _phone),
-    ("My card is", _card),
-    ("My IBAN is", _iban),
+    ("My card is", card_number),
+    ("My IBAN is", iban_number),
     ("My IP address is", _ip),
 )
 _SPOILERS: dict[DefectKind, Callable[[Record, Draw], None]] = {

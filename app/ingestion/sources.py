@@ -1,90 +1,121 @@
-"""Where conversations come from: the files behind `ingestion.sources`, their state, and reading them in pieces.
+"""Where conversations come from: the parts behind `ingestion.sources`, what is new of them, and their reading.
 
-A record is read as it stands, as bytes with a file and a position, so that one that turns out to be bad can be
-set aside with the place it came from. A file that cannot be read as a whole stops the stage.
-
-Positions count records from 0: lines of JSONL that are not blank, rows of CSV after the header, rows of Parquet.
+Positions: the byte at which a line of JSONL or text begins (unpacked); the number of the row, from 0, in CSV,
+Parquet, Arrow, Avro, a query and the embedded shop; the offset of a Kafka message.
 """
 
-import fnmatch
-import os
-import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-from pyarrow import fs
-
-from app.config import Config, IngestionConfig, SampleConfig, SourceConfig
-from app.errors import SourceError, StorageError
-from app.ingestion.formats import READERS, Piece
-from app.storage import open_uri, resolve
+from app import cluster
+from app.config import Config
+from app.ingestion import exchanges, files, iceberg, kafka, queries
+from app.ingestion.formats import Piece
+from app.ingestion.parts import Marks, Part, Read, blocks, is_stream
+from app.settings.ingestion import FILE_FORMATS, IngestionConfig, SampleConfig
+from app.storage import Storage
 from app.versions import APP, digest
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-RAW = pa.schema(
-    [
-        ("file", pa.int32()),  # index in the list of files
-        ("position", pa.int64()),  # of the record in the file, from 0
-        ("raw", pa.binary()),  # the record: a JSON line, or a row as one
-        ("problem", pa.string()),  # why the reader could not make a record of it
-        ("identified", pa.bool_()),  # whether records of this file carry their own id
-    ]
-)
-SUFFIXES = {
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "csv": (".csv",),
-    "parquet": (".parquet", ".pq"),
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SAMPLE_RECORD_BYTES = 800  # about 760 in 5,000 records
+FUSED_TASKS_A_CPU = 4
+"""With so many parts, or pieces of parts, each is read and examined by one task."""
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file of a source, or the whole embedded shop."""
+class SamplePart:
+    """The embedded shop."""
 
     uri: str
-    path: str
     source: int
-    """Index in `ingestion.sources`."""
-    size: int
-    modified_ns: int
+    settings: SampleConfig
 
     @property
-    def compression(self) -> str | None:
-        """By the name's ending."""
-        return next((codec for suffix, codec in COMPRESSIONS.items() if self.path.endswith(suffix)), None)
+    def size_bytes(self) -> int:
+        """About what its records take as JSON."""
+        return self.settings.conversations * SAMPLE_RECORD_BYTES
+
+    @property
+    def arrived_at(self) -> None:
+        """Not known."""
+
+    @property
+    def mark(self) -> tuple[str, Any]:
+        """Settings and code decide what its records are."""
+        return f"sample:{self.uri}", [self.settings.model_dump(), sample_code()]
+
+    def reads(self, ingestion: IngestionConfig) -> Iterator[tuple[Read, int]]:
+        """Any position can be begun at, so many tasks share it."""
+        total = self.settings.conversations
+        step = max(ingestion.batch_rows, -(-total // 1_000))
+        for start in range(0, total, step):
+            stop = min(total, start + step)
+            yield partial(_sample, self.settings, start, stop), (stop - start) * SAMPLE_RECORD_BYTES
 
 
-def files_of(ingestion: IngestionConfig) -> list[SourceFile]:
-    """Every file of every source: sources in their order, files by path.
+def _sample(settings: SampleConfig, start: int, stop: int) -> Iterator[Piece]:
+    from app.ingestion import sample
+
+    lines = list(sample.lines(settings.seed, start, stop, settings.defect_fraction))
+    yield Piece(range(start, stop), lines, None, identified=True)
+
+
+def parts_of(config: Config, marks: Marks) -> list[Part]:
+    """All that is new in every source: sources in their order.
+
+    Args:
+        config: Its `ingestion.sources` are looked at.
+        marks: How far everything has been read already.
 
     Raises:
-        SourceError: A source has no file or does not answer.
+        SourceError: A source is missing, does not answer, or has lost what was to be read next.
     """
-    return [file for index, source in enumerate(ingestion.sources) for file in _files(source, index, ingestion.sample)]
+    found = [part for index in range(len(config.ingestion.sources)) for part in _parts(config, index, marks)]
+    return [part for part in found if (mark := mark_of(config, part)) is None or marks.get(mark[0]) != mark[1]]
+
+
+def mark_of(config: Config, part: Part) -> tuple[str, Any] | None:
+    """What is committed with a part's records: where a mark does not say what comes next, also how they were read."""
+    if part.mark is None or is_stream(part):
+        return part.mark
+    source = config.ingestion.sources[part.source]
+    key, value = part.mark
+    return key, [value, digest([source.format, source.columns.model_dump()])]
+
+
+def _parts(config: Config, index: int, marks: Marks) -> Sequence[Part]:
+    source = config.ingestion.sources[index]
+    if source.format in FILE_FORMATS:
+        return files.parts(source, index)
+    if source.format == "kafka":
+        return kafka.parts(source, index, marks, config.ingestion.follow)
+    if source.format == "sql":
+        return queries.parts(source, index, marks)
+    if source.format == "iceberg":
+        return iceberg.parts(source, index, config.storage)
+    if source.format == "traffic":
+        return exchanges.parts(source, index, Storage(config.serving.storage_uri or config.storage.uri))
+    return [SamplePart(source.uri, index, config.ingestion.sample)]
 
 
 def state(config: Config) -> list[dict[str, Any]]:
-    """What would be read, one entry a source: it changes when the content of the source may have.
+    """What would be read if nothing had been, one entry a source: it changes when the source has.
 
     Raises:
-        SourceError: A source has no file or does not answer.
+        SourceError: A source is missing or does not answer.
     """
-    ingestion = config.ingestion
     entries: list[dict[str, Any]] = []
-    for index, source in enumerate(ingestion.sources):
-        files = _files(source, index, ingestion.sample)
-        content: list[Any] = [[file.uri, file.size, file.modified_ns] for file in files]
-        if source.format == "sample":
-            content = [ingestion.sample.model_dump(), sample_code()]
-        size = sum(file.size for file in files)
-        entries.append({"uri": source.uri, "files": len(files), "bytes": size, "digest": digest(content)})
+    for index, source in enumerate(config.ingestion.sources):
+        parts = _parts(config, index, {})
+        size = sum(part.size_bytes for part in parts)
+        # What has no mark is read each time, so it is never the same as before.
+        marks = digest([mark_of(config, part) or uuid.uuid4().hex for part in parts])
+        entries.append({"uri": source.uri, "parts": len(parts), "bytes": size, "digest": marks})
     return entries
 
 
@@ -93,138 +124,19 @@ def sample_code() -> str:
     return digest([module.read_text() for module in sorted((APP / "ingestion").glob("sample*.py"))])
 
 
-def read(ingestion: IngestionConfig, files: Sequence[SourceFile]) -> "Dataset":
-    """All records of the files as a streaming dataset of `RAW` rows."""
+def read(ingestion: IngestionConfig, parts: Sequence[Part]) -> "Dataset":
+    """All records of the parts as a streaming dataset of `RAW` rows."""
     import ray.data
 
-    from app.ingestion.datasource import RawRecords
+    from app.datasource import Planned
 
-    tasks = [task for index, file in enumerate(files) for task in _tasks(ingestion, index, file)]
-    # Half a CPU: reading waits on disks and networks, and a reservation that differs keeps Ray Data from
-    # fusing it with the parsing, which would tie the parsing of one large file to one task.
-    records: Dataset = ray.data.read_datasource(RawRecords(tasks), num_cpus=0.5, override_num_blocks=len(tasks))
-    return records
-
-
-def _tasks(ingestion: IngestionConfig, index: int, file: SourceFile) -> Iterator[tuple[Callable[[], Any], int]]:
-    """What to call to read the file, in as many parts as it has, and about how many bytes each gives."""
-    source = ingestion.sources[file.source]
-    if source.format != "sample":
-        yield partial(_blocks, index, file, source, ingestion.batch_rows), file.size
-        return
-    total = ingestion.sample.conversations
-    step = max(ingestion.batch_rows, -(-total // 1_000))
-    for start in range(0, total, step):
-        stop = min(total, start + step)
-        yield (
-            partial(_sample_block, index, ingestion.sample, start, stop),
-            (stop - start) * SAMPLE_RECORD_BYTES,
-        )
-
-
-def _blocks(index: int, file: SourceFile, source: SourceConfig, batch_rows: int) -> Iterator[pa.Table]:
-    """The records of one file.
-
-    Raises:
-        SourceError: The file is gone or cannot be read to its end.
-    """
-    filesystem = _open(source)[0]
-    try:
-        with filesystem.open_input_file(file.path) as whole:
-            stream = pa.CompressedInputStream(whole, file.compression) if file.compression else whole
-            for piece in READERS[source.format](stream, source.columns, batch_rows):
-                yield _block(index, piece)
-    except (OSError, EOFError, pa.ArrowException, ValueError) as error:
-        raise SourceError(
-            f"cannot read {file.uri} as {source.format} ({_first_line(error)})",
-            "the file is missing, cut short or in another format: replace it or correct ingestion.sources",
-        ) from None
-
-
-def _block(index: int, piece: Piece) -> pa.Table:
-    count = len(piece.raw)
-    positions = range(piece.start, piece.start + count)
-    columns = [[index] * count, positions, piece.raw, piece.problems, [piece.identified] * count]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, RAW, strict=True)], schema=RAW)
-
-
-def _sample_block(index: int, settings: SampleConfig, start: int, stop: int) -> list[pa.Table]:
-    from app.ingestion import sample
-
-    lines = list(sample.lines(settings.seed, start, stop, settings.defect_fraction))
-    return [_block(index, Piece(start, lines, [None] * len(lines), identified=True))]
-
-
-def _files(source: SourceConfig, index: int, settings: SampleConfig) -> list[SourceFile]:
-    if source.format == "sample":
-        return [SourceFile(source.uri, "", index, settings.conversations * SAMPLE_RECORD_BYTES, 0)]
-    try:
-        filesystem, base, pattern, uri = _open(source)
-        found = _listed(filesystem, base, pattern, source)
-    except (StorageError, OSError) as error:
-        raise SourceError(f"cannot reach {source.uri!r} ({_first_line(error)})", "check ingestion.sources") from error
-    return [
-        SourceFile(uri + info.path.removeprefix(base), info.path, index, info.size, info.mtime_ns or 0)
-        for info in sorted(found, key=lambda info: str(info.path))
+    tasks: list[tuple[Callable[[], Any], int]] = [
+        (partial(blocks, index, call), size) for index, part in enumerate(parts) for call, size in part.reads(ingestion)
     ]
-
-
-def _open(source: SourceConfig) -> tuple[fs.FileSystem, str, str | None, str]:
-    """The filesystem, the path to start from, the glob below it if there is one, and the URI of that path."""
-    uri = resolve(source.uri).rstrip("/")
-    remote = "://" in uri
-    wildcard = re.search(r"[*\[]" if remote else r"[*?\[]", uri)
-    # The name of a local file may hold a bracket or a star of its own.
-    if wildcard is None or (not remote and os.path.exists(uri)):
-        return (*open_uri(uri), None, uri.split("?")[0] if remote else uri)
-    base = uri[: uri.rfind("/", 0, wildcard.start())] or "/"
-    return (*open_uri(base), uri.removeprefix(base).lstrip("/"), base.rstrip("/"))
-
-
-def _listed(filesystem: fs.FileSystem, base: str, pattern: str | None, source: SourceConfig) -> list[fs.FileInfo]:
-    info = filesystem.get_file_info(base)
-    if info.type == fs.FileType.NotFound:
-        raise SourceError(f"source {source.uri!r} does not exist", "check ingestion.sources, or fetch the data")
-    if info.type == fs.FileType.File:
-        return [info]
-    below = filesystem.get_file_info(fs.FileSelector(base, recursive=True))
-    files = [entry for entry in below if entry.type == fs.FileType.File]
-    if pattern is None:
-        chosen = [entry for entry in files if _belongs(entry.path.removeprefix(base), source.format)]
-        hint = f"its files must end in {', '.join(SUFFIXES[source.format])} (.gz, .zst)"
-    else:
-        matches = re.compile(glob_expression(pattern)).fullmatch
-        chosen = [entry for entry in files if matches(entry.path.removeprefix(base).lstrip("/"))]
-        hint = "nothing matches the pattern"
-    if not chosen:
-        raise SourceError(f"source {source.uri!r} holds no {source.format} file: {hint}", "check ingestion.sources")
-    return chosen
-
-
-def _belongs(path: str, written_as: str) -> bool:
-    """Whether a file below a folder is one of the format's; hidden and marker files (_SUCCESS) are not."""
-    if any(part.startswith((".", "_")) for part in path.split("/")):
-        return False
-    for suffix in COMPRESSIONS:
-        path = path.removesuffix(suffix)
-    return path.endswith(SUFFIXES[written_as])
-
-
-def glob_expression(pattern: str) -> str:
-    """The regular expression of a glob in which `*` and `?` stay within a folder and `**/` crosses any number."""
-    out = ""
-    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
-        if part in ("**/", "**"):
-            out += "(?:[^/]+/)*" if part == "**/" else ".*"
-        elif part in ("*", "?"):
-            out += "[^/]*" if part == "*" else "[^/]"
-        elif part.startswith("["):
-            out += fnmatch.translate(part)[len("(?s:") : -len(")\\Z")]
-        else:
-            out += re.escape(part)
-    return out
-
-
-def _first_line(error: Exception) -> str:
-    # Only what a library says of the file: a record's text could be personal.
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    # With reservations that are equal Ray Data fuses reading with what follows, so that raw records never pass between
+    # tasks; with half a CPU it does not, so that what one large file holds is examined by many.
+    share = 1.0 if len(tasks) >= FUSED_TASKS_A_CPU * cluster.cpus() else 0.5
+    records: Dataset = ray.data.read_datasource(
+        Planned("RawRecords", tasks), num_cpus=share, override_num_blocks=len(tasks)
+    )
+    return records

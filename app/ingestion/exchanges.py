@@ -1,0 +1,106 @@
+"""The product's own traffic as a source: what customers wrote and the bot answered, judged by their feedback.
+
+An exchange carries the whole conversation so far, so of a conversation only its last exchange is taken. Left out are
+exchanges that did not end well, that a person took over, or that were rated down; where feedback names the intent,
+that is the last question's label.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import orjson
+
+from app import traffic
+from app.conversation import normalised_hash
+from app.ingestion.formats import Piece
+from app.ingestion.parts import Read
+from app.settings.ingestion import IngestionConfig, SourceConfig
+from app.storage import Storage
+from app.traffic import Exchange, Feedback
+from app.versions import digest
+
+
+@dataclass(frozen=True)
+class TrafficPart:
+    """All that has been logged."""
+
+    uri: str
+    source: int
+    storage: Storage
+    files: tuple[tuple[str, int], ...]
+    """Names and sizes of the log's files, of exchanges and of feedback."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the log's files."""
+        return sum(size for _, size in self.files)
+
+    @property
+    def arrived_at(self) -> None:
+        """Not known."""
+
+    @property
+    def mark(self) -> tuple[str, str]:
+        """Another one once anything has been logged."""
+        return f"traffic:{self.uri}", digest(self.files)
+
+    def reads(self, ingestion: IngestionConfig) -> Iterator[tuple[Read, int]]:
+        """One task: a conversation's exchanges may lie in any of the files."""
+        yield partial(read, self.storage, ingestion.batch_rows), self.size_bytes
+
+
+def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPart]:
+    """The log as a part.
+
+    Raises:
+        StorageError: It cannot be listed.
+    """
+    return [TrafficPart(source.identity, index, storage, tuple(traffic.files(storage)))]
+
+
+def read(storage: Storage, batch_rows: int) -> Iterator[Piece]:
+    """The last exchange of each conversation as a record; its position is its number in the log, from 0."""
+    by_time = sorted(traffic.read_feedback(storage), key=lambda entry: entry.received_at)
+    feedback = {entry.response_id: entry for entry in by_time}
+    chosen = [
+        (number, record(exchange, feedback.get(exchange.response_id)))
+        for number, exchange in last_exchanges(storage)
+        if wanted(exchange, feedback.get(exchange.response_id))
+    ]
+    for start in range(0, len(chosen), batch_rows):
+        some = chosen[start : start + batch_rows]
+        raw = [orjson.dumps(made) for _, made in some]
+        yield Piece([number for number, _ in some], raw, None, identified=True)
+
+
+def last_exchanges(storage: Storage) -> list[tuple[int, Exchange]]:
+    """Exchanges that no later one goes on from, with their numbers in the log."""
+    open_ends: dict[str, tuple[int, Exchange]] = {}
+    # Each replica logs into a file of its own, so only their times tell which came first.
+    logged = sorted(enumerate(traffic.read_exchanges(storage)), key=lambda entry: entry[1].received_at)
+    for number, exchange in logged:
+        open_ends.pop(normalised_hash(exchange.messages[:-1]), None)
+        reply = {"role": "assistant", "content": exchange.reply}
+        open_ends[normalised_hash([*exchange.messages, reply])] = number, exchange  # type: ignore[list-item]
+    return sorted(open_ends.values(), key=lambda entry: entry[0])
+
+
+def wanted(exchange: Exchange, feedback: Feedback | None) -> bool:
+    """Whether a model should learn from it."""
+    rated_down = feedback is not None and feedback.rating is not None and feedback.rating < 0
+    return exchange.status == "ok" and exchange.handover is None and bool(exchange.reply) and not rated_down
+
+
+def record(exchange: Exchange, feedback: Feedback | None) -> dict[str, Any]:
+    """The exchange as a conversation record."""
+    messages: list[dict[str, Any]] = [dict(message) for message in exchange.messages]
+    if feedback is not None and feedback.intent and messages[-1]["role"] == "user":
+        messages[-1]["intent"] = feedback.intent
+    return {
+        "conversation_id": exchange.response_id,
+        "channel": "web",
+        "started_at": exchange.received_at,
+        "messages": [*messages, {"role": "assistant", "content": exchange.reply}],
+    }
