@@ -7,10 +7,8 @@ Writes benchmarks/results/<date>_<hardware>_<config>.md.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,8 +18,8 @@ from typing import Any
 
 from app.config import load
 from app.storage import resolve
+from benchmarks import measured
 
-RESULTS = Path(__file__).parent / "results"
 SHOWN = {
     "ingest": ("records_read", "records_kept", "records_refused", "duplicates"),
     "tune": ("trials", "overrides"),
@@ -48,16 +46,6 @@ def submit(verb: str, config: str, settings: dict[str, Any]) -> tuple[dict[str, 
         sys.exit(f"{verb} did not finish:\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
     line: dict[str, Any] = json.loads(lines[-1])
     return line, seconds
-
-
-def hardware() -> str:
-    """Cores, memory and processor in a few words."""
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{os.cpu_count()} cores of {model}, {memory_gb:.0f} GiB, no GPU"
 
 
 def value_of(value: Any) -> str:
@@ -97,12 +85,10 @@ def main() -> None:
     tenth_steps = max(1, config.training.max_steps // 10)
     tenth, _ = submit("train", name, settings | inputs | {"training.max_steps": tenth_steps})
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     text = [
         f"# The whole path: {name}",
         "",
-        f"{today}, commit {commit.stdout.strip()}, {hardware()}",
+        measured.heading(),
         "",
         f"`python -m benchmarks.lifecycle --config {name}`; one repetition.",
         "",
@@ -120,12 +106,8 @@ def main() -> None:
         "```",
         "",
         "</details>",
-        "",
     ]
-    print("\n".join(text))
-    file = RESULTS / f"{today}_{os.cpu_count()}cpu_{Path(name).stem}.md"
-    file.write_text("\n".join(text))
-    print(f"written to {file}")
+    measured.write(Path(name).stem, text)
 
 
 if __name__ == "__main__":
