@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | bench | start | stop | clean
+# make demo | test | test-all | servers | check | bench | start | stop | clean
 # Everything is installed into .venv and everything made at run time lies in .rayloop, both in this folder.
 
 SHELL := /bin/bash
@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export MPLCONFIGDIR := $(CURDIR)/.rayloop/matplotlib
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check bench start stop clean install
+.PHONY: demo test test-all servers check bench start stop clean install
 
 demo: install
 	@cluster/demo.sh
@@ -16,8 +16,12 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: install
+test-all: install servers
 	$(BIN)/python -m pytest
+
+# What tests of stores talk to; without it they are skipped.
+servers:
+	@PYTHON=$(PYTHON) tests/servers/install.sh
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,16 +1,25 @@
 """One Ray cluster for the whole suite, with its own ports, so that another Ray on the machine is left alone."""
 
 import json
+import logging
 import os
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+from tests import faults
+from tests.faults import Fault
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("rayloop", deadline=None)
+settings.load_profile("rayloop")
 
 ROOT = Path(__file__).parent.parent
 API_KEY = "sk-rayloop-test"
@@ -29,8 +38,41 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The whole path comes last: it deploys over the application that the other tests talk to."""
+    """The whole path comes last: it deploys over the application that the other tests talk to. Tests of faults say
+    which, see tests/faults.py."""
     items.sort(key=lambda item: "end_to_end" in item.path.parts)
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties += [("fault", mark.args[0]), ("seen", mark.kwargs["seen"])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each fault is made once a seed."""
+    if metafunc.definition.get_closest_marker("fault"):
+        if "seed" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("seed")
+        metafunc.parametrize("seed", faults.SEEDS, indirect=True, ids="seed{}".format)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """A test that would have passed without its fault fails."""
+    yield
+    fault = getattr(item, "funcargs", {}).get("fault")
+    assert fault is None or fault.has_happened, "the fault did not happen"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """What a fault's place follows from."""
+    number: int = request.param
+    return number
+
+
+@pytest.fixture
+def fault(seed: int, record_property: Callable[[str, object], None]) -> Fault:
+    """The fault that a test with the mark `fault` makes."""
+    return Fault(seed, record_property)
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         subprocess.run([script, "stop"], env=environment, check=False, timeout=120)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(autouse=True)
+def _logged_to_the_root() -> None:
+    """A job's main keeps the messages of `app` from the root logger, where `caplog` listens."""
+    logging.getLogger("app").propagate = True
 
 
 @pytest.fixture

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("ingestion", "tuning", "training", "compression", "serving", "monitoring", "autopilot")
 MAY_IMPORT = {("tuning", "training"), ("compression", "training")} | {("autopilot", stage) for stage in STAGES}
 SOURCES = sorted(file for folder in ("app", "jobs", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
+# Parsed while tests are collected: before 3.11.8 Python's parser fails where another thread parses as well
+# (python/cpython#106905), and a cluster's threads live from the first test that needs one.
+TREES = {file: ast.parse(file.read_text()) for file in SOURCES}
 
 
 def module_of(file: Path) -> str:
@@ -20,7 +23,7 @@ def module_of(file: Path) -> str:
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -83,7 +86,7 @@ def test_there_are_no_import_cycles() -> None:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_keep_the_house_rules(file: Path) -> None:
-    tree = ast.parse(file.read_text())
+    tree = TREES[file]
     assert ast.get_docstring(tree), f"{file} has no docstring"
     if file.name == "__init__.py":
         assert len(tree.body) == 1, f"{file} holds more than a docstring"
@@ -96,7 +99,7 @@ def test_files_keep_the_house_rules(file: Path) -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_nothing_happens_at_import(file: Path) -> None:
     """Top-level statements define; a bare call, loop or block other than the main guard would work."""
-    for node in ast.parse(file.read_text()).body:
+    for node in TREES[file].body:
         if isinstance(node, ast.Expr):
             text = isinstance(node.value, ast.Constant)
             registers = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)

@@ -1,11 +1,17 @@
 """Traffic as serving logs it, with a customer's secret in every text."""
 
 import dataclasses
+import re
 from typing import Any
 
 from app.traffic import Exchange, Feedback
 
 SECRET = "my card is 4111 1111 1111 1111, write to anna@example.com"
+
+
+def of_the_secret(text: str) -> list[str]:
+    """The parts of SECRET that stand in the text: more than "4111", which ids and times hold by chance."""
+    return re.findall(r"my card|1111[ -]?1111|anna@", text)
 
 
 def exchange(number: int, **changes: Any) -> Exchange:

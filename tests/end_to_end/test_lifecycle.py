@@ -100,23 +100,27 @@ def lines(config: Path, client: JobSubmissionClient) -> dict[str, Any]:
     return {"resumed": resumed, "again": finished(submit("lifecycle", config))}
 
 
-def test_a_killed_path_goes_on_where_it_stopped(lines: dict[str, Any], client: JobSubmissionClient) -> None:
+def test_a_killed_path_goes_on_where_it_stopped(
+    lines: dict[str, Any], client: JobSubmissionClient, config: Path
+) -> None:
     line = lines["resumed"]
     assert line["error"] is None
     assert list(line["figures"]) == STAGES
     assert [line["figures"][stage]["status"] for stage in ("ingest", "tune")] == ["up_to_date", "up_to_date"]
     for stage in STAGES[:3]:
-        assert len(jobs_of(client, stage)) == 1, f"{stage} was repeated"
+        assert len(jobs_of(client, stage, config)) == 1, f"{stage} was repeated"
 
 
-def jobs_of(client: JobSubmissionClient, stage: str) -> list[Any]:
-    return [job for job in client.list_jobs() if (job.metadata or {}).get("rayloop_stage") == stage]
+def jobs_of(client: JobSubmissionClient, stage: str, config: Path) -> list[Any]:
+    """Those of this path: other tests submit jobs to the same cluster."""
+    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("rayloop_stage") == stage]
+    return [job for job in jobs if str(config) in job.entrypoint]
 
 
-def test_every_stage_is_a_job_of_its_own(lines: dict[str, Any], client: JobSubmissionClient) -> None:
+def test_every_stage_is_a_job_of_its_own(lines: dict[str, Any], client: JobSubmissionClient, config: Path) -> None:
     for stage in STAGES:
-        assert jobs_of(client, stage), stage
-        assert all(job.status == JobStatus.SUCCEEDED for job in jobs_of(client, stage))
+        assert jobs_of(client, stage, config), stage
+        assert all(job.status == JobStatus.SUCCEEDED for job in jobs_of(client, stage, config))
 
 
 def test_a_second_run_finds_everything_up_to_date(lines: dict[str, Any]) -> None:

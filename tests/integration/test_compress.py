@@ -81,7 +81,7 @@ def test_its_folder_serves_all_by_itself(trained: ModelVersion, accepted: tuple[
     assert scales(folder) == 14
     model, tokenizer = models.load(folder)
     assert tokenizer.chat_template
-    assert sum(type(module).__name__ == "SmallLinear8bit" for module in model.modules()) == 14
+    assert sum(type(module).__name__ == "DequantisingLinear8bit" for module in model.modules()) == 14
     ours, parents = (IntentModel.load(Path(uri) / "intent") for uri in (str(folder), trained.uri))
     np.testing.assert_array_equal(ours.weights, parents.weights)
 

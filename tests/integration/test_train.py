@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -22,23 +22,13 @@ from app.training import checkpoint
 from app.training.worker import Event
 from app.versions import ModelVersion, TableVersion
 from tests.conftest import ROOT, RunningCluster
-
-STEPS = 60
-TINY = {
-    "training.base_model": "preset:tiny",
-    "training.vocab_size": 512,
-    "training.block_tokens": 64,
-    "training.micro_batch_size": 4,
-    "training.max_steps": STEPS,
-    "training.report_every_steps": 10,
-    "training.validation_blocks": 16,
-    "ingestion.sample.conversations": 400,
-}
+from tests.faults import Fault
+from tests.training_runs import STEPS, checkpoints, finished, reports, run, starts, steps, tiny
 
 
 @pytest.fixture(scope="module")
 def config(cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config().with_overrides({**TINY, "storage.uri": str(tmp_path_factory.mktemp("train") / "store")})
+    return tiny(tmp_path_factory.mktemp("train") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -46,34 +36,6 @@ def table(config: Config) -> TableVersion:
     from app.ingestion.pipeline import ingest
 
     return ingest(config).version
-
-
-def run(config: Config, table: TableVersion, name: str, report: Any = None) -> list[Event]:
-    """Train under a run name; returns everything the workers said."""
-    from app.training.trainer import run_training
-
-    heard: list[Event] = []
-
-    def hear(event: Event) -> None:
-        heard.append(event)
-        if report is not None:
-            report(event)
-
-    run_training(config, table, storage_path=Storage(config.storage.uri).uri("checkpoints"), run_name=name, report=hear)
-    return heard
-
-
-def reports(heard: list[Event]) -> dict[int, float]:
-    return {event["step"]: event["validation_loss"] for event in heard if event["kind"] == "report"}
-
-
-def starts(heard: list[Event]) -> list[int]:
-    return [event["from_step"] for event in heard if event["kind"] == "start" and event["rank"] == 0]
-
-
-def checkpoints(config: Config, name: str) -> list[Path]:
-    folder = Path(Storage(config.storage.uri).path("checkpoints", name))
-    return sorted(path for path in folder.iterdir() if checkpoint.FOLDER.match(path.name))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +59,7 @@ def test_a_report_leaves_a_checkpoint_with_a_model_that_has_the_reported_loss(
     from app.training.packing import NOT_LEARNED
 
     kept = checkpoints(config, "unbroken")
+    # Those with the lowest loss, which falls to the end.
     assert [checkpoint.state(path)["position"]["step"] for path in kept] == [50, 60]
     assert all(checkpoint.damaged(path) is None for path in kept)
     model, tokenizer = models.load(kept[-1] / "model")
@@ -110,88 +73,149 @@ def test_a_report_leaves_a_checkpoint_with_a_model_that_has_the_reported_loss(
     assert float(loss) == pytest.approx(unbroken[STEPS], abs=1e-5)
 
 
+@pytest.mark.fault("F10", seen="the worker gone from /proc, a second start from a checkpoint")
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_run_whose_worker_is_killed_goes_on_from_its_checkpoint_to_the_unbroken_loss(
-    config: Config, table: TableVersion, unbroken: dict[int, float]
+    config: Config, table: TableVersion, unbroken: dict[int, float], stage: int, fault: Fault
 ) -> None:
     pids: dict[int, int] = {}
-    killed_at: list[int] = []
+    earliest, victim = fault.random.randrange(11, STEPS - 10), fault.random.randrange(2)
+    killed: list[int] = []
 
-    def kill_after_the_first_checkpoint(event: Event) -> None:
+    def kill(event: Event) -> None:
         if event["kind"] == "start":
             pids[event["rank"]] = event["pid"]
-        if event["kind"] == "report" and not killed_at:
-            killed_at.append(event["step"])
-            os.kill(pids[1], signal.SIGKILL)
+        if event["kind"] == "report":
+            killed.append(pids[victim]) if not killed else None
+        if event["kind"] == "step" and event["step"] >= earliest and killed and not fault.has_happened:
+            os.kill(killed[0], signal.SIGKILL)
+            fault.happened()
+            killed.append(event["step"])
+        elif (
+            event["kind"] == "step" and fault.has_happened and event["step"] == killed[1] and pids[victim] != killed[0]
+        ):
+            fault.recovered()  # where it was before
 
-    heard = run(config, table, "killed", kill_after_the_first_checkpoint)
+    heard = run(config.with_overrides({"training.zero_stage": stage}), table, f"killed-{stage}-{fault.seed}", kill)
     first, second = starts(heard)
     assert first == 0
-    assert killed_at[0] <= second < STEPS
-    after = [event["step"] for event in heard[heard_at(heard, second) :] if event["kind"] == "step"]
-    assert after[0] == second + 1
-    losses = reports(heard)
-    assert losses[STEPS] == pytest.approx(unbroken[STEPS], abs=1e-6)
+    assert 10 <= second < STEPS
+    assert steps(heard, 1) == list(range(second + 1, STEPS + 1))
+    assert not Path(f"/proc/{killed[0]}").exists(), "it is still there"
+    assert reports(heard)[STEPS] == pytest.approx(unbroken[STEPS], abs=1e-6 if stage == 2 else 1e-4)
 
 
-def heard_at(heard: list[Event], from_step: int) -> int:
-    return max(
-        index for index, event in enumerate(heard) if event["kind"] == "start" and event["from_step"] == from_step
-    )
+def truncate(content: bytes, place: int) -> bytes:
+    return content[:place]
 
 
+def flip(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+@pytest.mark.fault("F13", seen="the file's digest is another one; the warning names it")
+@pytest.mark.parametrize("spoil", [flip, pytest.param(truncate, marks=pytest.mark.slow)])
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
-    config: Config, table: TableVersion, unbroken: dict[int, float]
+    config: Config,
+    table: TableVersion,
+    unbroken: dict[int, float],
+    spoil: Any,
+    fault: Fault,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    import shutil
-
-    name = "damaged"
+    name = f"{spoil.__name__}-{fault.seed}"
     source = Path(Storage(config.storage.uri).path("checkpoints", "unbroken"))
     shutil.copytree(source, source.parent / name)
     _older, newest = checkpoints(config, name)
-    shard = next((newest / "engine").rglob("*optim_states.pt"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    shard.write_bytes(content)
-    assert "optim_states.pt has changed" in (checkpoint.damaged(newest) or "")
+    held = [path for path in sorted(newest.rglob("*")) if path.is_file() and not path.name.startswith("sha256")]
+    victim = fault.random.choice(held)
+    content = victim.read_bytes()
+    victim.write_bytes(spoil(content, fault.random.randrange(len(content))))
+    fault.happened()
+    assert checkpoint.newest_whole(Storage(config.storage.uri), f"checkpoints/{name}")
+    assert f"{newest} is passed over: " in caplog.text
     heard = run(config, table, name)
+    fault.recovered()
     assert starts(heard) == [50]
     assert reports(heard)[STEPS] == pytest.approx(unbroken[STEPS], abs=1e-6)
 
 
-def every_stage(given: dict[str, Any]) -> None:
-    """Train with each ZeRO stage in the same two workers, then go on from the middle checkpoint of each."""
-    import ray.train
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--module"],
+}
 
-    from app.training import loop, worker
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_without_ray_give_the_losses_of_ray_train_and_go_on_from_its_checkpoints(
+    config: Config, table: TableVersion, unbroken: dict[int, float], tmp_path: Path, launcher: str
+) -> None:
+    """torchrun trains from the start; deepspeed goes on from the checkpoint that Ray Train left at step 50."""
+    file, events = tmp_path / "config.yaml", tmp_path / "events.jsonl"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    if launcher == "deepspeed":
+        import shutil
+
+        older, _ = checkpoints(config, "unbroken")
+        shutil.copytree(older, older.parent.parent / launcher / older.name)
+    command = [sys.executable, *LAUNCHERS[launcher], *(["-m"] if launcher == "torchrun" else [])]
+    command += ["app.training.standalone", "--config", str(file), "--name", launcher, "--events", str(events)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # deepspeed looks for python and ninja there
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, "RAY_ADDRESS": "there:1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    heard = [json.loads(line) for line in events.read_text().splitlines()]
+    assert starts(heard) == [50 if launcher == "deepspeed" else 0]
+    losses = reports(heard)
+    assert losses == pytest.approx({step: unbroken[step] for step in losses}, abs=1e-6)
+    assert STEPS in losses
+    line = next(json.loads(text) for text in done.stdout.splitlines() if '"status": "done"' in text)
+    assert line["figures"]["validation_loss"] == losses[STEPS]
+    kept = checkpoints(config, launcher)
+    assert [checkpoint.state(path)["position"]["step"] for path in kept] == [50, 60]
+    theirs = checkpoints(config, "unbroken")[-1]
+    written = [{str(file.relative_to(path)) for file in path.rglob("*")} for path in (kept[-1], theirs)]
+    assert written[0] == {name for name in written[1] if not name.startswith(".")}
+    assert checkpoint.damaged(kept[-1]) is None
+
+
+def every_stage(given: dict[str, Any]) -> None:
+    """Train with each ZeRO stage in the same two workers, then go on from its middle checkpoint in each of two."""
+    import ray.train
+    import torch.distributed as dist
+
+    from app.training import data, loop, worker
 
     config, blocks, tokenizer, folder = given["config"], given["blocks"], given["tokenizer"], Path(given["folder"])
     rank = ray.train.get_context().get_world_rank()
+    take = data.Sequence(blocks, seed=5).take
 
-    def batches(epoch: int) -> Any:
-        order = np.random.default_rng(epoch).permutation(32).reshape(-1, 2, 4)
-        return ({name: column[rows[rank]] for name, column in blocks.items()} for rows in order)
-
-    for stage in range(4):
-        training = config.with_overrides({"training.zero_stage": stage}).training
+    def run(name: str, stage: int, resume: Path | None = None) -> None:
         losses: dict[int, float] = {}
 
-        def report(metrics: dict[str, float], written: Path, stage: int = stage, losses: Any = losses) -> None:
-            import shutil
-
+        def report(metrics: dict[str, float], part: Any) -> None:
             losses[int(metrics["step"])] = metrics["validation_loss"]
-            shutil.copytree(written, folder / f"{stage}-{int(metrics['step'])}", dirs_exist_ok=True)
+            own = folder / f"{name}-{rank}"
+            part.write(own)
+            shutil.copytree(own, folder / name / str(int(metrics["step"])), dirs_exist_ok=True)
+            shutil.rmtree(own)
+            dist.barrier()
 
+        training = config.with_overrides({"training.zero_stage": stage}).training
         hooks = loop.Hooks(report=report, step=lambda values: None)
-        for resume in (None, folder / f"{stage}-10"):
-            model = worker.start_model(training, tokenizer)
-            loop.run(model, tokenizer, training, batches, blocks, hooks, resume)
-            if rank == 0:
-                name = f"losses-{stage}-{'resumed' if resume else 'whole'}.json"
-                (folder / name).write_text(json.dumps(losses))
+        loop.run(worker.start_model(training, tokenizer), tokenizer, training, take, blocks, hooks, resume)
+        if rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(losses))
+
+    for stage in range(4):
+        run(f"whole-{stage}", stage)
+    for stage in range(4):
+        for other in (stage, (stage + 1) % 4):
+            run(f"resumed-{stage}-{other}", other, folder / f"whole-{stage}" / "10")
 
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 2e-3)])  # Muon iterates in bf16
-def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_resumes_exactly(
+def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_goes_on_from_its_own_and_anothers_checkpoint(
     config: Config, table: TableVersion, tmp_path: Path, optimizer: str, tolerance: float
 ) -> None:
     from ray.train import RunConfig, ScalingConfig
@@ -210,14 +234,16 @@ def test_every_zero_stage_trains_two_workers_to_the_same_loss_and_resumes_exactl
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(tmp_path / "ray")),
     ).fit()
-    whole = [json.loads((tmp_path / f"losses-{stage}-whole.json").read_text()) for stage in range(4)]
-    resumed = [json.loads((tmp_path / f"losses-{stage}-resumed.json").read_text()) for stage in range(4)]
+
+    def loss(name: str) -> float:
+        return float(json.loads((tmp_path / f"{name}.json").read_text())["20"])
+
     for stage in range(4):
-        assert whole[stage]["20"] == pytest.approx(whole[0]["20"], rel=tolerance)
-        assert resumed[stage]["20"] == pytest.approx(whole[stage]["20"], abs=1e-6)
-        models.load(tmp_path / f"{stage}-20" / "model")
-    sharded = {file.name for file in (tmp_path / "3-20" / "engine").rglob("*.pt")}
-    assert {name for name in sharded if name.startswith("zero_pp_rank_1")}, "stage 3 writes a share for each worker"
+        whole, other = loss(f"whole-{stage}"), (stage + 1) % 4
+        assert whole == pytest.approx(loss("whole-0"), rel=tolerance)
+        assert loss(f"resumed-{stage}-{stage}") == pytest.approx(whole, abs=1e-6)
+        assert loss(f"resumed-{stage}-{other}") == pytest.approx(whole, rel=tolerance)
+        models.load(tmp_path / f"whole-{stage}" / "20" / "model")
 
 
 def submit(config_file: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -227,12 +253,13 @@ def submit(config_file: Path, *overrides: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.fault("F12", seen="the driver ended by the signal, in the middle")
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model(
-    config: Config, table: TableVersion, unbroken: dict[int, float], tmp_path: Path, how: signal.Signals
+    config: Config, table: TableVersion, unbroken: dict[int, float], tmp_path: Path, how: signal.Signals, fault: Fault
 ) -> None:
     # Another model name for each way, so that the runs do not share checkpoints.
-    model = f"support-{how.name.lower()}"
+    model = f"support-{how.name.lower()}-{fault.seed}"
     slower = config.with_overrides({"registry.model": model, "training.max_steps": 150})
     from app.training.trainer import run_name
 
@@ -241,7 +268,7 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
     folder = Path(Storage(config.storage.uri).path("checkpoints", run_name(slower, table)))
     job = submit(file)
     deadline_s = time.monotonic() + 240
-    while not list(folder.glob("checkpoint_*/sha256-1")):
+    while not finished(slower, folder.name):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
@@ -256,11 +283,14 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
         if not checkpoint.damaged(path)
     )
     assert 0 < reached < 150, "it was stopped in the middle"
-
+    fault.happened()
+    begun = Registry(slower).unfinished_run(folder.name)
     output = submit(file).communicate(timeout=240)[0]
     line = json.loads(output.splitlines()[-1])
     assert line["status"] == "done", output
+    fault.recovered()
     assert "goes on from the checkpoint of step" in output
+    assert line["figures"]["run_id"] == begun
     version = ModelVersion(**line["outputs"]["model"])
     registry = Registry(slower)
     assert registry.exists(version)

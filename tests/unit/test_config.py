@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import Config, load
+from app.config import HOW_A_RUN_IS_COMPUTED, Config, TrainingConfig, load
 from app.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -64,7 +64,7 @@ def test_a_wrong_unit_is_refused_with_the_right_one(file: Path, text: str, expec
 
 def test_errors_in_lists_name_the_item(file: Path) -> None:
     message = refusal(file, "ingestion:\n  sources:\n    - {uri: a, format: jsonl}\n    - {uri: b, format: xml}\n")
-    assert f"{file}:4: ingestion.sources.1.format: must be 'jsonl', 'parquet', 'csv' or 'sample'" in message
+    assert f"{file}:4: ingestion.sources.1.format: must be 'jsonl', 'parquet', 'csv', 'arrow'" in message
 
 
 def test_numbers_in_exponent_form_are_numbers(file: Path) -> None:
@@ -139,3 +139,53 @@ def test_overrides_come_back_as_they_were_given(rate: float, steps: int) -> None
     config = Config().with_overrides({"training.learning_rate": rate, "training.max_steps": steps})
     assert (config.training.learning_rate, config.training.max_steps) == (rate, steps)
     assert config.with_overrides({}) == config
+
+
+def test_a_password_in_a_sources_uri_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("ingestion:\n  sources:\n    - {uri: 'pg://me:s3cret@db/x', format: sql, query: SELECT 1}\n")
+    with pytest.raises(ConfigError, match="holds no password") as caught:
+        load(file)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "lora"}, "base_model=preset:small is random: name a registered model"),
+        ({"base_model": "m", "method": "lora", "optimizer": "muon"}, "method=lora has none: use adamw"),
+        (
+            {"base_model": "m", "method": "lora", "lora.load_in_8bit": True, "zero_stage": 3},
+            "where DeepSpeed cannot shard them; use zero_stage 0 to 2",
+        ),
+        ({"base_model": "m", "lora.load_in_8bit": True}, "needs method=lora: int8 weights cannot be trained"),
+        ({"objective": "dpo"}, "objective=dpo prefers among what a trained model says"),
+        ({"base_model": "m", "method": "lora", "lora.dropout": 1.0}, "must be less than 1"),
+        ({"base_model": "m", "method": "lora", "tensor_parallel_size": 2}, "is computed by one worker a batch"),
+        ({"base_model": "m", "lora.rank": 0}, "must be greater than or equal to 1"),
+    ],
+)
+def test_fine_tuning_that_cannot_be_is_refused_with_the_reason(settings: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config().with_overrides({f"training.{key}": value for key, value in settings.items()})
+    assert reason in str(caught.value)
+
+
+def test_a_run_keeps_its_identity_when_only_the_way_it_is_computed_changes() -> None:
+    run = Config().training
+    elsewhere = {"num_workers": [1, 4], "zero_stage": 3, "use_gpu": True, "max_failures": 0, "keep_checkpoints": 5}
+    other = Config().with_overrides({f"training.{key}": value for key, value in elsewhere.items()}).training
+    assert other.identity() == run.identity()
+    for key, value in {"learning_rate": 1e-5, "seed": 18, "micro_batch_size": 3, "max_steps": 301}.items():
+        assert Config().with_overrides({f"training.{key}": value}).training.identity() != run.identity()
+    assert set(HOW_A_RUN_IS_COMPUTED) < set(TrainingConfig.model_fields)
+
+
+def test_workers_are_a_number_or_the_fewest_and_the_most(file: Path) -> None:
+    file.write_text("training: {num_workers: [1, 3], micro_batch_size: 2, gradient_accumulation_steps: 4}")
+    training = load(file).training
+    assert (training.min_workers, training.max_workers, training.blocks_per_step) == (1, 3, 24)
+    assert "num_workers is [fewest, most], got [3, 1]" in refusal(file, "training: {num_workers: [3, 1]}")
+    assert "training.num_workers: must be" in refusal(file, "training: {num_workers: 0}")
+    several = refusal(file, "training: {global_batch_size: 9, micro_batch_size: 4}")
+    assert "global_batch_size=9 is not a multiple of micro_batch_size=4" in several

@@ -1,13 +1,31 @@
 """The record's pure parts: normalising, hashing, splitting, and tokens with what is learned."""
 
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from app import conversation
-from app.conversation import Message, content_hash, encode, normalised, prompt_ids, split_of, train_tokenizer
+from app.conversation import (
+    MESSAGES,
+    ROLES,
+    Message,
+    content_hash,
+    encode,
+    encode_many,
+    normalised,
+    prompt_ids,
+    split_of,
+    train_tokenizer,
+)
+from app.tokenization import token_ids
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +109,41 @@ def test_a_base_models_own_template_learns_the_same_replies(tokenizer: PreTraine
     encoded = encode(other, CHAT, "assistant")
     assert other.decode(encoded.ids[encoded.learned]).strip() == "It is on its way.<|end|>"
     assert np.array_equal(encoded.ids[: len(prompt_ids(other, CHAT[:1]))], prompt_ids(other, CHAT[:1]))
+
+
+contents = st.sampled_from(["It's 4512.", "a  b", " edge ", "<|end|>no<|user|>", "naïve café ½ ٣", "", "don't 'sail'"])
+spoken = st.builds(
+    lambda role, content: {"role": role, "content": content},
+    st.sampled_from(ROLES),
+    contents | st.text(max_size=30) | st.text(max_size=30).map(normalised),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(spoken, max_size=4), max_size=4), st.sampled_from(["assistant", "all"]))
+def test_many_conversations_become_the_tokens_of_each(
+    tokenizer: PreTrainedTokenizerFast, chats: list[list[Message]], loss_on: str
+) -> None:
+    found = encode_many(tokenizer, pa.array(chats, MESSAGES), loss_on)
+    wanted = [encode(tokenizer, chat, loss_on) for chat in chats]
+    assert [part.ids.tolist() for part in found] == [part.ids.tolist() for part in wanted]
+    assert [part.learned.tolist() for part in found] == [part.learned.tolist() for part in wanted]
+
+
+@pytest.mark.parametrize("kind", ["own words", "whole texts", "slow"])
+def test_any_tokenizer_encodes_many(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """The three ways to the same tokens: word by word, text by text, and through a tokenizer without a fast side."""
+    texts = pa.array(["It's order 4512, isn't it?", "<|end|>", ""])
+    wanted = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts.to_pylist()]
+    other: Any = tokenizer
+    if kind == "whole texts":
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.normalizer = normalizers.Sequence([])
+        other = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if kind == "slow":
+        other = SimpleNamespace(encode=tokenizer.encode)
+    ids, ends = token_ids(other, texts)
+    assert [ids[start:end].tolist() for start, end in itertools.pairwise(ends)] == wanted
 
 
 def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from app.errors import StorageError
 from app.monitoring.application import FAILURES_ALLOWED, Monitor, MonitorArgs, Watch, explain
 from app.storage import Storage
 from app.traffic import TrafficLog
-from tests.traffic_records import SECRET, exchange, feedback
+from tests.traffic_records import SECRET, exchange, feedback, of_the_secret
 
 
 def watch(store: str, interval_s: float = 0.01) -> Watch:
@@ -136,8 +136,7 @@ def test_nothing_a_customer_wrote_is_logged(
         watch(store).look()
     said = caplog.text + "".join(str(vars(record)) for record in caplog.records) + "".join(capfd.readouterr())
     assert "damaged line" in said
-    assert "4111" not in said
-    assert "anna" not in said
+    assert of_the_secret(said) == []
 
 
 def test_the_message_of_a_foreign_error_is_not_repeated() -> None:
@@ -147,7 +146,7 @@ def test_the_message_of_a_foreign_error_is_not_repeated() -> None:
         said = explain(error)
     assert "ValueError" in said
     assert "test_monitoring_application.py" in said
-    assert "4111" not in said
+    assert of_the_secret(said) == []
     assert explain(StorageError("cannot read x")) == "cannot read x"
 
 

@@ -84,7 +84,8 @@ def test_metrics_and_tags_are_kept(registry: Registry) -> None:
     assert run.data.tags["seen"] == "yes"
 
 
-def test_remote_storage_needs_a_named_server() -> None:
-    remote = Config().with_overrides({"storage.uri": "s3://bucket/root?region=eu-west-1"})
+def test_remote_storage_needs_a_named_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    remote = Config().with_overrides({"storage.uri": "s3://bucket/root"})
     with pytest.raises(ConfigError, match=r"set storage\.tracking_uri"):
         Registry(remote).start_run("train", {}, {})

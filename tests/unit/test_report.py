@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from app.report import Card, Cards, Passages, Section, Table, Verdict, heatmap, histogram, lines, render, shown
+from app.report import Bars, Card, Cards, Passages, Section, Table, Verdict, heatmap, histogram, lines, render, shown
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $\\frac{1}{2 $ {{ 7*7 }}"
 
@@ -82,6 +82,16 @@ def test_shares_are_drawn_as_bars() -> None:
     page = render("t", [Section("s", [Table(["a", "b"], [["x", 0.255]], shares=["b"])])])
     assert 'style="width:25.5%"' in page
     assert "0.255" in page
+
+
+def test_series_are_drawn_beside_each_other_by_category() -> None:
+    drawn = Bars({"before": {"a<b": 0.2}, "new": {"a<b": 0.4, "c": 0.1}}, "Intents")
+    page = render("t", [Section("s", [drawn])])
+    assert drawn.categories == ["a<b", "c"]
+    assert [float(width) for width in re.findall(r"width:([\d.]+)%", page)] == [50.0, 100.0, 0.0, 25.0]
+    assert "a&lt;b" in page
+    assert "a<b" not in page
+    assert Bars({"new": {}}, "nothing").largest == 1.0
 
 
 @pytest.mark.parametrize(

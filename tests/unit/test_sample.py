@@ -19,6 +19,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 
 from app.ingestion import sample
+from app.ingestion.sample_personal import ALIKE, PLANTED, UNSEEN, personal
 from app.ingestion.sample_phrases import GREETING, THANKS, TOPICS
 
 SEED = 7
@@ -413,3 +414,26 @@ def test_broken_json_ends_too_early(planted: dict[sample.DefectKind, list[sample
         assert sample.line(SEED, found.position, 0.0).startswith(spoilt(found))
         with pytest.raises(json.JSONDecodeError):
             json.loads(spoilt(found).decode())
+
+
+# Personal data to judge a detector by
+
+
+def test_personal_data_is_the_same_every_time_and_lies_where_the_label_says() -> None:
+    once = list(personal(SEED, 3))
+    assert once == list(personal(SEED, 3))
+    assert once != list(personal(SEED + 1, 3))
+    assert {labelled.kind for labelled in once} == {*PLANTED, *UNSEEN, *ALIKE}
+    for labelled in once:
+        planted = labelled.text[labelled.start : labelled.end]
+        assert planted.strip() == planted != ""
+        if labelled.kind == "email":
+            assert re.fullmatch(r"[\wö.+]+@[\w.]*example\.(com|org|net)", planted, re.IGNORECASE)
+        if labelled.kind == "iban":
+            assert has_valid_iban(planted.replace(" ", "").upper())
+
+
+def test_every_spelling_of_personal_data_is_planted_as_often() -> None:
+    counts = Counter((labelled.kind, labelled.spelling) for labelled in personal(SEED, 5))
+    assert set(counts.values()) == {5}
+    assert len(counts) == sum(len(makes) for makes in (*PLANTED.values(), *UNSEEN.values(), *ALIKE.values()))

@@ -8,6 +8,7 @@ from app.config import Config
 from app.conversation import SCHEMA, content_hash, split_of
 from app.errors import ConfigError, StageFailed, TableError
 from app.versions import TableVersion
+from tests.table_rows import stage
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def rows(*numbers: int) -> pa.Table:
 
 def add(config: Config, *numbers: int, name: str = "part") -> TableVersion:
     table = tables.open_table(config.storage, config.ingestion.table, SCHEMA)
-    file = tables.stage(table, rows(*numbers), f"{name}-{numbers[0]}")
+    file = stage(table, rows(*numbers), f"{name}-{numbers[0]}")
     return TableVersion(config.ingestion.table, tables.append(table, [file], {"rayloop.n": str(len(numbers))}))
 
 
@@ -88,7 +89,7 @@ def test_a_limited_read_is_the_first_by_hash_of_any_order_of_writing(config: Con
 def test_staging_again_replaces_the_file_and_is_seen_by_nobody(config: Config) -> None:
     version = add(config, 1)
     table = tables.open_table(config.storage, config.ingestion.table)
-    files = {tables.stage(table, rows(*numbers), "task-0") for numbers in ((2, 3), (2, 3), (2,))}
+    files = {stage(table, rows(*numbers), "task-0") for numbers in ((2, 3), (2, 3), (2,))}
     assert len(files) == 1
     assert tables.latest(config) == version
     assert tables.read_local(config, version).num_rows == 1
@@ -99,7 +100,7 @@ def test_staging_again_replaces_the_file_and_is_seen_by_nobody(config: Config) -
 def test_of_two_writers_with_the_same_history_the_second_is_refused(config: Config) -> None:
     add(config, 1)
     mine, theirs = (tables.open_table(config.storage, config.ingestion.table) for _ in range(2))
-    their_file, my_file = tables.stage(theirs, rows(2), "theirs"), tables.stage(mine, rows(2), "mine")
+    their_file, my_file = stage(theirs, rows(2), "theirs"), stage(mine, rows(2), "mine")
     tables.append(theirs, [their_file], {})
     with pytest.raises(StageFailed, match=r"changed by another writer .* run the job again"):
         tables.append(mine, [my_file], {})
@@ -108,7 +109,7 @@ def test_of_two_writers_with_the_same_history_the_second_is_refused(config: Conf
 
 def test_discarded_files_are_gone(config: Config) -> None:
     table = tables.open_table(config.storage, config.ingestion.table, SCHEMA)
-    file = tables.stage(table, rows(1), "x")
+    file = stage(table, rows(1), "x")
     tables.discard(table, [file])
     assert not Path(file.removeprefix("file://")).exists()
 
@@ -125,6 +126,14 @@ def test_remote_storage_needs_a_catalog() -> None:
         tables.latest(remote)
     named = remote.with_overrides({"storage.catalog_uri": "postgresql://host/iceberg"})
     assert tables.catalog_properties(named.storage)["warehouse"] == "s3://bucket/root/tables"
+
+
+@pytest.mark.parametrize("folder", ["a#b", "a?b", "a%20b"])
+def test_a_folder_in_which_iceberg_would_lose_its_files_is_refused(tmp_path: Path, folder: str) -> None:
+    config = Config().with_overrides({"storage.uri": str(tmp_path / folder)})
+    with pytest.raises(ConfigError, match=r"Iceberg cannot name files below a folder with [#?%]: choose"):
+        tables.open_table(config.storage, config.ingestion.table, SCHEMA)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_catalog_is_an_error_that_says_so(config: Config) -> None:
