@@ -215,6 +215,7 @@ class _Teller:
             checkpoint=ray.train.Checkpoint.from_directory(aside),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=functools.partial(self._write, part, metrics),
+            delete_local_checkpoint_after_upload=False,  # `_write` does
         )
 
     def wait(self) -> None:
