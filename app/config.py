@@ -74,6 +74,7 @@ HOW_A_RUN_IS_COMPUTED = (
     "bad_loss_factor",
     "max_bad_losses",
     "max_failures",
+    "probe_steps",
     "offload_optimizer",
     "offload_parameters",
     "nvme_path",
@@ -188,6 +189,8 @@ class TrainingConfig(Section):
     """After more bad losses than these the stage fails, whatever `on_bad_loss` says."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures survived by going back to the last checkpoint; -1: any number."""
+    probe_steps: Annotated[int, Field(ge=0)] = 8
+    """Steps on made-up tokens that `--dry-run` measures, to tell how long training will take; 0: none."""
     seed: int = 17
     """Of initial weights and data order."""
 

@@ -1,25 +1,31 @@
-"""What a training run would read, compute and write; nothing is written to find out."""
+"""What a training run would read, compute, need and write; nothing is written to find out."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from app import tables
-from app.config import Config
+from app.config import Config, TrainingConfig
 from app.storage import Storage
-from app.training import data
+from app.training import data, memory, probe
 from app.training.base_model import pinned
-from app.training.launch import check_base_model
+from app.training.launch import check_base_model, check_cluster
 from app.training.trainer import run_name
+from app.training.worker import start_model
 from app.versions import TableVersion
 
 SAMPLED_CONVERSATIONS = 500
 
 
 def plan(config: Config, table: TableVersion) -> dict[str, Any]:
-    """The plan that `--dry-run` prints. Token counts are estimated from a sample of conversations.
+    """The plan that `--dry-run` prints.
+
+    Token counts are estimated from a sample of conversations, memory by formula, and the time from a few steps on the
+    workers (`training.probe_steps`), if what they need of memory is there.
 
     Raises:
+        ClusterError: No node will ever have room for the workers.
         ModelError: The base model cannot be loaded.
         StageFailed: The table version has nothing to train on.
     """
@@ -27,6 +33,7 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
     config, _ = pinned(config)
     check_base_model(config)
     training = config.training
+    check_cluster(training)
     storage = Storage(config.storage.uri)
     tokenizer = data.make_tokenizer(config, table)
     sample = tables.read_local(config, table, ["messages"], "train", SAMPLED_CONVERSATIONS)
@@ -44,10 +51,50 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
         "steps": training.max_steps,
         "tokens": training.max_steps * step_tokens,
         "epochs": round(training.max_steps * step_tokens / max(1, table_tokens), 2),
+        **_needs(training, tokenizer),
         "write": {
             "blocks": storage.uri("packed", data.data_digest(config, table)),
             "checkpoints": storage.uri("checkpoints", name),
             "model": storage.uri("models", config.registry.model, "<run id>"),
         },
         "continues": storage.exists("checkpoints", name),
+    }
+
+
+def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
+    """Memory of a worker, whether it is there, and the time that the steps and validations take."""
+    needed = memory.predict(start_model(training, tokenizer), training)
+    found: dict[str, Any] = {"memory_bytes": needed.to_json()}
+    if training.probe_steps == 0:
+        return found | {"fits": "not looked: training.probe_steps is 0"}
+    try:
+        with probe.Workers(training) as workers:
+            room = workers.room()
+            tightest = min(room, key=lambda one: one.available_bytes / one.workers)
+            found["available_bytes"] = round(tightest.available_bytes / tightest.workers)
+            found["fits"] = needed.peak <= found["available_bytes"]
+            if not found["fits"]:
+                return found | {"time": "not measured: the workers do not fit into memory"}
+            if training.objective == "dpo":
+                return found | {"time": "not measured: the probe knows no preference pairs"}
+            speed = workers.speed(tokenizer, training.probe_steps)
+    except TimeoutError as error:
+        return found | {"fits": f"not looked: {error}"}
+    found["memory_bytes"]["probe"] = speed.memory_bytes
+    return found | {"time": _time(training, speed)}
+
+
+def _time(training: TrainingConfig, speed: probe.Speed) -> dict[str, float]:
+    """Seconds of a run that nothing interrupts, and what they are made of."""
+    rounds = math.ceil(
+        training.validation_blocks * training.workers_per_batch / training.micro_batch_size / training.max_workers
+    )
+    steps_s = training.max_steps * speed.step_s
+    validations_s = math.ceil(training.max_steps / training.report_every_steps) * rounds * speed.validation_s
+    return {
+        "start_s": round(speed.start_s, 1),
+        "step_s": round(speed.step_s, 4),
+        "steps_s": round(steps_s, 1),
+        "validations_s": round(validations_s, 1),
+        "total_s": round(speed.start_s + steps_s + validations_s, 1),
     }
