@@ -51,7 +51,7 @@ start() {
     secret "$state/token" ""
     secret "$state/api_key" "sk-rayloop-"
     local port taken="" cpus
-    for name in gcs:6479 dashboard:8265 agent:52465 metrics:8365 client:10101 http:8000; do
+    for name in gcs:6479 dashboard:8265 agent:8465 metrics:8365 client:10101 http:8000; do
         port=$(free_port "${name#*:}")
         taken="$taken $port"
         declare "${name%:*}_port=$port"

@@ -174,7 +174,7 @@ class Engine:
                 if self._running and read_tokens > PROMPT_TOKENS_PER_PASS:
                     return
                 request = self._waiting.popleft()
-            self._running.append(request)
+                self._running.append(request)
             slot = len(self._running) - 1
             logits_1V = self._forward([request.prompt], self._cache.prompt_view(slot, len(request.prompt)))
             self._advance(logits_1V, first=slot)

@@ -37,6 +37,8 @@ serving: {{port: {port}}}
 monitoring: {{interval_s: 2}}
 """
 
+pytestmark = pytest.mark.timeout(1_800)  # three whole paths are walked before the first test
+
 STAGES = ["ingest", "tune", "train", "compress", "evaluate", "serve", "monitor"]
 
 

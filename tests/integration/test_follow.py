@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -307,7 +308,8 @@ def test_the_stream_waits_for_brokers_that_are_away(
     fault.recovered()
     away.join()
     assert met
-    assert "do not answer" in met[0]
+    # Which call met it is up to chance.
+    assert re.search("do not answer|does not answer|gave nothing", met[0])
     assert held(config) == [f"n{number}" for number in range(9)]
 
 
@@ -332,7 +334,7 @@ def job(config: Config, tmp_path: Path, prelude: str = "") -> subprocess.Popen[s
     )
 
 
-def wait_until(true: Any, seconds: float = 90.0) -> None:
+def wait_until(true: Any, seconds: float = 180.0) -> None:
     deadline_s = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline_s, "it never came to that"

@@ -665,10 +665,17 @@ def test_ray_datas_own_console_is_quiet_meanwhile_and_other_listeners_still_hear
     assert "a plan" in caplog.text
 
 
-def test_tasks_run_beside_each_other_from_the_first_second_on() -> None:
+def test_tasks_run_beside_each_other_from_the_first_second_on(tmp_path: Path) -> None:
     import ray.data
 
     from app.datasource import start_at_once
+
+    def meets_another(rows: Any) -> Any:
+        (tmp_path / str(rows["id"][0])).touch()
+        until_s = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until_s:
+            time.sleep(0.01)
+        return rows
 
     def slow(rows: Any) -> Any:
         began_s = time.monotonic()
@@ -676,7 +683,8 @@ def test_tasks_run_beside_each_other_from_the_first_second_on() -> None:
         return {"began_s": [began_s], "ended_s": [time.monotonic()]}
 
     start_at_once()
-    for _ in range(2):  # the first starts processes
-        spans = ray.data.range(4, override_num_blocks=4).map_batches(slow, batch_size=None).take_all()
+    blocks = ray.data.range(4, override_num_blocks=4)
+    blocks.map_batches(meets_another, batch_size=None).take_all()  # starts the processes
+    spans = blocks.map_batches(slow, batch_size=None).take_all()
     spans.sort(key=lambda span: span["began_s"])
     assert any(after["began_s"] < before["ended_s"] for before, after in itertools.pairwise(spans[:3]))

@@ -144,7 +144,7 @@ class Killing(threading.Thread):
 @pytest.mark.fault("F1", seen="stopped while it worked, killed, gone from /proc")
 @pytest.mark.parametrize(
     ("title", "sightings"),
-    [("MapBatches", 60), ("finalise", 20), ("_decided", 2)],
+    [("MapBatches", 30), ("finalise", 20), ("_decided", 2)],
     ids=["examination", "finalisation", "decision"],
 )
 def test_killing_a_worker_changes_no_row(
@@ -189,14 +189,14 @@ def test_a_block_that_is_examined_again_is_counted(
     fault.happened(time.time() - Path(store, f"turn-{turn}").stat().st_mtime)
     fault.recovered()
     assert (kept(config), refused(config)) == undisturbed[:2]
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 90  # Ray exports every 10 s
     while retries(cluster) == before:
         assert time.monotonic() < deadline_s, "no retry was counted"
         time.sleep(0.5)
 
 
 def retries(cluster: RunningCluster) -> float:
-    lines = httpx.get(cluster.metrics_url).text.splitlines()
+    lines = httpx.get(cluster.metrics_url, timeout=60).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("ray_rayloop_ingest_retries_total{"))
 
 

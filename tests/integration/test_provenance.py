@@ -146,7 +146,7 @@ def test_a_row_of_a_stream_leads_back_to_its_message(store: str, kafka: Brokers)
             name, partition = row["source"].rsplit("/", 1)
             assert name == "chats"
             consumer.assign([TopicPartition("chats", int(partition), row["position"])])
-            sent = consumer.consume(1, timeout=15)[0]
+            sent = consumer.consume(1, timeout=60)[0]
             assert sent.value() == message(int(row["conversation_id"][1:]))
     finally:
         consumer.close()

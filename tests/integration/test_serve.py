@@ -40,7 +40,7 @@ def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def eventually(holds: Callable[[], Any], within_s: float = 60) -> Any:
+def eventually(holds: Callable[[], Any], within_s: float = 120) -> Any:
     deadline_s = time.monotonic() + within_s
     while not (value := holds()):
         assert time.monotonic() < deadline_s, "it never came true"
@@ -173,7 +173,8 @@ def test_models_are_listed_by_every_name_they_answer_to(client: openai.OpenAI) -
 def test_every_route_but_the_page_and_health_wants_a_known_key(service: Service, key: str | None) -> None:
     headers = {"Authorization": key.format(key=service.api_key)} if key else {}
     for method, path in V1:
-        response = httpx.request(method, service.url + path, headers=headers, json={} if method == "POST" else None)
+        body = {} if method == "POST" else None
+        response = httpx.request(method, service.url + path, headers=headers, json=body, timeout=60)
         assert response.status_code == 401, path
         assert response.json()["error"]["type"] == "authentication_error"
         assert response.headers["x-request-id"]
@@ -306,18 +307,18 @@ def test_a_client_that_leaves_frees_its_slot_and_is_logged_as_cancelled(service:
     assert exchange.status == "cancelled"
     assert exchange.reply.startswith("la la")
     assert len(exchange.reply.split()) < 470, "the reply was not written to its end"
-    eventually(lambda: http.get("/ready").json()["slots_in_use"] == {"champion": 0}, within_s=10)
+    eventually(lambda: http.get("/ready").json()["slots_in_use"] == {"champion": 0})
 
 
 def test_health_and_readiness_are_public(service: Service) -> None:
-    assert httpx.get(f"{service.url}/health").json() == {"status": "ok"}
-    ready = httpx.get(f"{service.url}/ready").json()
+    assert httpx.get(f"{service.url}/health", timeout=60).json() == {"status": "ok"}
+    ready = httpx.get(f"{service.url}/ready", timeout=60).json()
     assert (ready["status"], ready["variants"]) == ("ready", {"champion": "support/3"})
 
 
 def test_the_page_and_its_parts_are_served_with_a_strict_policy(service: Service) -> None:
     for path, kind in (("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")):
-        response = httpx.get(service.url + path)
+        response = httpx.get(service.url + path, timeout=60)
         assert response.status_code == 200
         assert response.headers["content-type"].startswith(kind)
         assert "default-src 'none'; script-src 'self'" in response.headers["content-security-policy"]
@@ -380,7 +381,7 @@ def test_a_replica_comes_back_when_the_job_that_deployed_it_and_its_code_are_gon
     before = kill("LanguageModel")
     with pytest.raises(ProcessLookupError):
         eventually(lambda: os.kill(before, 0))
-    (after,) = eventually(lambda: pids("LanguageModel") - {before}, within_s=90)
+    (after,) = eventually(lambda: pids("LanguageModel") - {before}, within_s=180)
     running = deployment.deployed("support")
     assert running
     code = running["runtime_env"]["working_dir"]
@@ -442,7 +443,7 @@ def test_neither_keys_nor_what_customers_write_are_in_any_log_or_on_the_dashboar
     logs = b"".join(file.read_bytes() for file in session.joinpath("logs").rglob("*") if file.is_file())
     assert b'"request"' in logs, "our own request lines are there"
     shown = json.dumps(deployment._details()) + str(JobSubmissionClient(cluster.dashboard_url).list_jobs())
-    shown += httpx.get(cluster.metrics_url).text
+    shown += httpx.get(cluster.metrics_url, timeout=60).text
     for secret in (service.api_key, "canary-0001", "canary-user"):
         assert secret.encode() not in logs
         assert secret not in shown
@@ -450,7 +451,7 @@ def test_neither_keys_nor_what_customers_write_are_in_any_log_or_on_the_dashboar
 
 def test_metrics_are_exported(cluster: RunningCluster, service: Service) -> None:
     def exported() -> bool:
-        text = httpx.get(cluster.metrics_url).text
+        text = httpx.get(cluster.metrics_url, timeout=60).text
         wanted = (
             'rayloop_requests_total{', "rayloop_time_to_first_token_seconds_bucket", "rayloop_completion_tokens_total",
             'reason="low_reply_confidence"', "rayloop_feedback_total", 'route="/v1/chat/completions"',

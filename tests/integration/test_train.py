@@ -18,7 +18,7 @@ from app.config import Config
 from app.errors import ClusterError, ModelError, StageFailed
 from app.registry import Registry
 from app.storage import Storage
-from app.training import checkpoint
+from app.training import checkpoint, launch
 from app.training.worker import Event
 from app.versions import ModelVersion, TableVersion
 from tests.conftest import ROOT, RunningCluster
@@ -76,8 +76,14 @@ def test_a_report_leaves_a_checkpoint_with_a_model_that_has_the_reported_loss(
 @pytest.mark.fault("F10", seen="the worker gone from /proc, a second start from a checkpoint")
 @pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_run_whose_worker_is_killed_goes_on_from_its_checkpoint_to_the_unbroken_loss(
-    config: Config, table: TableVersion, unbroken: dict[int, float], stage: int, fault: Fault
+    config: Config,
+    table: TableVersion,
+    unbroken: dict[int, float],
+    stage: int,
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(launch, "POLL_S", 0.05)  # the run must not be over before its steps are heard of
     pids: dict[int, int] = {}
     earliest, victim = fault.random.randrange(11, STEPS - 10), fault.random.randrange(2)
     killed: list[int] = []
@@ -340,6 +346,15 @@ def test_base_model_that_cannot_be_loaded_is_refused_before_workers_start(
             train(config.with_overrides({"training.base_model": base_model}), table)
 
 
+def test_a_plan_says_that_workers_do_not_fit_into_memory(config: Config, table: TableVersion) -> None:
+    from app.training.planning import plan
+
+    planned = plan(config.with_overrides({"training.micro_batch_size": 2_000_000}), table)
+    assert planned["fits"] is False
+    assert planned["memory_bytes"]["peak"] > planned["available_bytes"]
+    assert planned["time"] == "not measured: the workers do not fit into memory"
+
+
 def test_dry_run_plans_and_writes_nothing(config: Config, table: TableVersion, store: str) -> None:
     from jobs.train import JOB
 
@@ -348,4 +363,12 @@ def test_dry_run_plans_and_writes_nothing(config: Config, table: TableVersion, s
     assert planned["read"]["table"] == str(tables.latest(config))
     assert planned["steps"] == STEPS
     assert 0 < planned["epochs"] < 100
+    assert planned["fits"] is True
+    # Libraries are nearly all that so small a model needs.
+    assert planned["memory_bytes"]["peak"] == pytest.approx(planned["memory_bytes"]["probe"], rel=0.3)
+    assert (
+        planned["time"]["total_s"]
+        >= planned["time"]["steps_s"]
+        == pytest.approx(STEPS * planned["time"]["step_s"], rel=0.05)
+    )
     assert sorted(Path(config.storage.uri).rglob("*")) == before

@@ -19,7 +19,7 @@ import pytest
 VERSIONS = Path("/usr/lib/postgresql")
 USER = "postgres"
 """Of the database, and of the machine where the tests run as root, as which the server refuses to run."""
-WAIT_S = 30
+WAIT_S = 60
 
 
 def programs() -> Path:
@@ -40,12 +40,12 @@ def start(folder: Path) -> Iterator[str]:
     """
     bin_folder = programs()
     user = USER if os.geteuid() == 0 else None
-    port = _free_port()
     with tempfile.TemporaryDirectory(prefix="rayloop-postgres-") as data, (folder / "postgres.log").open("wb") as log:
         if user:
             shutil.chown(data, user)
         made = [str(bin_folder / "initdb"), "-D", data, "-U", USER, "--auth=trust", "-E", "UTF8", "--no-sync"]
         subprocess.run(made, user=user, cwd=data, stdout=log, stderr=log, check=True, timeout=120)
+        port = _free_port()
         options = ["-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"]
         command = [str(bin_folder / "postgres"), "-D", data, *options]
         server = subprocess.Popen(command, user=user, cwd=data, stdout=log, stderr=log)

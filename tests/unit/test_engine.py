@@ -262,8 +262,8 @@ class Fixed:
         (1.0, 0.51, 0),
         (1.0, 0.81, 1),
         (1.0, 0.999999, 1),
-        (0.5, 0.9999, 2),
-        (0.8, 0.9999, 0),
+        (0.45, 0.9999, 2),
+        (0.75, 0.9999, 0),
     ],
 )
 def test_a_number_picks_the_token_in_whose_share_of_the_kept_probability_it_falls(

@@ -114,7 +114,7 @@ def test_the_spy_sees_what_is_asked_of_a_store(uri: str, spy: Spy) -> None:
             filesystem.get_file_info(path)
 
     threading.Thread(target=ask, daemon=True).start()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while not spy.seen and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert spy.seen
@@ -170,7 +170,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.fault("S12", seen="links and pipe are there, left out, and named in the log")
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_links_out_of_a_folder_are_not_followed_and_pipes_not_opened(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -185,7 +185,7 @@ def test_links_out_of_a_folder_are_not_followed_and_pipes_not_opened(
 
 
 @pytest.mark.fault("S12", seen="refused by name")
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_device_a_pipe_or_a_socket_is_no_source(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
@@ -195,7 +195,7 @@ def test_a_device_a_pipe_or_a_socket_is_no_source(folder: Path) -> None:
 
 
 @pytest.mark.fault("S12", seen="refused by name")
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_file_that_became_a_pipe_is_not_opened(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"{}\n")
