@@ -19,8 +19,8 @@ RUNTIME_BYTES = 620_000_000
 """A worker's libraries, before it has a model: Ray, torch, transformers, DeepSpeed. On a GPU they lie in the host."""
 KEPT_FREE_BYTES, KEPT_FREE_SHARE = 12, 0.5
 """What glibc does not give back of freed memory on a CPU: for each weight that stage 3 gathers (10.8 to 13.6
-measured), and as a share of the activations (0.48). Nothing with MALLOC_MMAP_THRESHOLD_=1048576, which makes steps 10 to
-30 % slower."""
+measured), and as a share of the activations (0.48). Nothing with MALLOC_MMAP_THRESHOLD_=1048576, which makes steps 10
+to 30 % slower."""
 
 
 @dataclass(frozen=True)
