@@ -141,9 +141,10 @@ class TrainingConfig(Section):
     DeepSpeedCPUAdam, which are compiled once and need nvcc or g++."""
     compile: bool = False
     """Whether torch.compile makes kernels of the model: half a minute at the start of each worker, and more."""
-    attention: Literal["sdpa", "flex", "flash"] = "sdpa"
-    """How attention within packed conversations is computed: with a mask; by FlexAttention, compiled for their borders
-    (GPU); by FlashAttention over their lengths (GPU, package flash-attn)."""
+    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = "auto"
+    """How attention within packed conversations is computed. varlen: each at its own length, in Llama, Mistral and Qwen
+    models without sliding windows. sdpa: with a mask. flex: by FlexAttention, compiled for their borders (GPU). flash:
+    by FlashAttention over their lengths (GPU, package flash-attn). auto: varlen where it can be had, else sdpa."""
     loss_chunk_tokens: Count = 1_024
     """Tokens whose logits are in memory at a time."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -283,14 +284,14 @@ class TrainingConfig(Section):
                 f"optimizer=muon needs whole matrices, tensor_parallel_size={tensor} leaves a worker a part of each: "
                 "set optimizer=adamw, or tensor_parallel_size=1"
             )
-        if self.attention != "sdpa" and not self.use_gpu:
+        if self.attention in ("flex", "flash") and not self.use_gpu:
             raise ValueError(
-                f"attention={self.attention} has no backward pass on a CPU (torch 2.13): set sdpa, or use_gpu=true"
+                f"attention={self.attention} has no backward pass on a CPU (torch 2.13): set auto, or use_gpu=true"
             )
-        if self.attention != "sdpa" and sequence > 1:
+        if self.attention not in ("auto", "sdpa") and sequence > 1:
             raise ValueError(
                 f"attention={self.attention} and sequence_parallel_size={sequence} exclude each other: DeepSpeed 0.19 "
-                "would make a mask that forgets where conversations end; set attention=sdpa"
+                "would make a mask that forgets where conversations end; set attention=auto"
             )
         if self.adam_kernel != "torch" and self.optimizer == "muon":
             raise ValueError(f"adam_kernel={self.adam_kernel} is for optimizer=adamw; DeepSpeed's Muon has its own")

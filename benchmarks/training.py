@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 SGD = ROOT.parent / "shared" / "data" / "sgd" / "train.jsonl.gz"
 BIN = Path(sys.executable).parent
 BLOCK_TOKENS = 512
-OURS = ("packed", "padded", "ray", "deepspeed")
-PEERS = ("trainer", "accelerate")
+OURS = ("packed", "compiled", "padded", "ray", "deepspeed")
+PEERS = ("trainer", "trainer_compiled", "accelerate")
 Figures = dict[str, Any]
 
 
@@ -45,7 +45,7 @@ class Bench:
             "base_model": model, "vocab_size": 4_096, "block_tokens": BLOCK_TOKENS, "precision": "bf16",
             "micro_batch_size": 32 if gpu else 4, "max_steps": steps, "report_every_steps": steps,
             "validation_blocks": 48, "num_workers": workers, "use_gpu": gpu, "zero_stage": 1,
-            "adam_kernel": "fused", "attention": "sdpa",
+            "adam_kernel": "fused",
         }  # fmt: skip
         config = {
             "storage": {"uri": str(folder / "store")},
@@ -68,8 +68,9 @@ class Bench:
             found["start_s"] = found["seconds"] - found["steps_s"]
             return found
         if tool in PEERS:
-            settings = {"peer.batch": self.batch, "peer.packed": "padded"}
-            command = [*self._torchrun(), "benchmarks.peers.training", tool, str(self.folder), json.dumps(settings)]
+            settings = {"peer.batch": self.batch, "peer.packed": "padded", "peer.compile": tool == "trainer_compiled"}
+            program = tool.removesuffix("_compiled")
+            command = [*self._torchrun(), "benchmarks.peers.training", program, str(self.folder), json.dumps(settings)]
             return self._said(command, "FIGURES")[0]
         return self._standalone(tool)
 
@@ -83,6 +84,10 @@ class Bench:
         events = self.folder / "events.jsonl"
         module = ["app.training.standalone", "--config", str(self.folder / "config.yaml"), "--name", tool]
         module += ["--packed", "padded" if tool == "padded" else self.data["packed"], "--events", str(events)]
+        if tool == "compiled":
+            module += ["--set", "training.compile=true"]
+        if tool == "padded":
+            module += ["--set", f"training.micro_batch_size={self.batch}"]
         command = [*self._torchrun(), *module]
         if tool == "deepspeed":
             command = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(self.workers), "--module", *module]
@@ -140,12 +145,12 @@ def tables(bench: Bench, found: dict[str, list[Figures]], stages: list[Figures])
     lines = [
         "## Tools on the same conversations",
         "",
-        "| tool | useful tokens/s | ours (packed) is | tokens seen | validation loss | data stall |",
+        "| tool | useful tokens/s | ours, packed, is | tokens seen | validation loss | data stall |",
         "|---|---|---|---|---|---|",
     ]
     names = {
-        "packed": "ours, packed blocks", "padded": "ours, a conversation a block", "trainer": "transformers Trainer",
-        "accelerate": "accelerate",
+        "packed": "ours, packed blocks", "compiled": "ours, packed, torch.compile", "padded": "ours, a conversation a block", "trainer": "transformers Trainer",
+        "trainer_compiled": "transformers Trainer, torch.compile", "accelerate": "accelerate",
     }  # fmt: skip
     for tool, name in names.items():
         if of := found.get(tool):

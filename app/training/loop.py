@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from app.config import TrainingConfig
 from app.errors import StageFailed
-from app.training import checkpoint, dpo, loss, parallel
+from app.training import attention, checkpoint, dpo, loss, parallel
 from app.training.checkpoint import Position, Score, Snapshot
 from app.training.deepspeed_config import deepspeed_config, learning_rate
 from app.training.packing import NOT_LEARNED, tokens_in
@@ -168,13 +168,15 @@ def start_engine(model: Any, training: TrainingConfig) -> Any:
             )
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.attention != "sdpa":
+    if training.attention in ("auto", "varlen") and training.sequence_parallel_size == 1:
+        attention.use(model, training)
+    if training.attention in ATTENTION:
         try:
             model.set_attn_implementation(ATTENTION[training.attention])
         except ImportError as error:
             raise StageFailed(
                 f"training.attention={training.attention} cannot be had on this node ({error})",
-                "install what it needs, or set training.attention=sdpa",
+                "install what it needs, or set training.attention=auto",
             ) from error
     mpu = parallel.share_blocks(model, training) if training.sequence_parallel_size > 1 else None
     trained = [weight for weight in model.parameters() if weight.requires_grad]

@@ -12,6 +12,7 @@ import torch
 
 from app.config import TrainingConfig
 from app.errors import ModelError
+from app.training import attention
 from app.training.deepspeed_config import deepspeed_config
 
 FP32_BYTES = 4
@@ -125,6 +126,8 @@ def _head(model: Any, training: TrainingConfig) -> int:
 
 def _activations(model: Any, training: TrainingConfig) -> int:
     """What a forward pass of a micro batch keeps for its backward pass, from one block in one layer, and in two."""
+    if training.attention in ("auto", "varlen"):
+        attention.use(model, training)
     holder, name, layers = _layers(model)
     if training.precision == "bf16":
         for weight in model.parameters():
