@@ -145,8 +145,8 @@ class TrainingConfig(Section):
     """How attention within packed conversations is computed. varlen: each at its own length, in Llama, Mistral and Qwen
     models without sliding windows. sdpa: with a mask. flex: by FlexAttention, compiled for their borders (GPU). flash:
     by FlashAttention over their lengths (GPU, package flash-attn). auto: varlen where it can be had, else sdpa."""
-    loss_chunk_tokens: Count = 1_024
-    """Tokens whose logits are in memory at a time."""
+    loss_chunk_tokens: Count | None = None
+    """Tokens whose logits are in memory at a time; none: 256 on a CPU, whose caches they then fit, 2,048 on a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass."""
     micro_batch_size: Count = 8
@@ -254,6 +254,11 @@ class TrainingConfig(Section):
                 "shard them; use zero_stage 0 to 2, or load_in_8bit=false"
             )
         return self
+
+    @property
+    def logits_tokens(self) -> int:
+        """Tokens whose logits are in memory at a time."""
+        return self.loss_chunk_tokens or (2_048 if self.use_gpu else 256)
 
     @property
     def workers_per_batch(self) -> int:

@@ -149,7 +149,8 @@ def tables(bench: Bench, found: dict[str, list[Figures]], stages: list[Figures])
         "|---|---|---|---|---|---|",
     ]
     names = {
-        "packed": "ours, packed blocks", "compiled": "ours, packed, torch.compile", "padded": "ours, a conversation a block", "trainer": "transformers Trainer",
+        "packed": "ours, packed blocks", "compiled": "ours, packed, torch.compile",
+        "padded": "ours, a conversation a block", "trainer": "transformers Trainer",
         "trainer_compiled": "transformers Trainer, torch.compile", "accelerate": "accelerate",
     }  # fmt: skip
     for tool, name in names.items():

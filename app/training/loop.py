@@ -236,7 +236,7 @@ class Computed:
         self.engine = engine
         self.group = Group.of(training)
         self._beta = training.dpo.beta if training.objective == "dpo" else None
-        self._head = loss.Head(engine.module, training.loss_chunk_tokens)
+        self._head = loss.Head(engine.module, training.logits_tokens)
         # DeepSpeed 0.19 adds up the gradients of a group's parts of the blocks, yet takes their mean where it scatters
         # them under ZeRO 3.
         takes_mean = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()

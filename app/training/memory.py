@@ -118,7 +118,7 @@ def _head(model: Any, training: TrainingConfig) -> int:
     words, width = map(int, model.get_output_embeddings().weight.shape)
     number = _number_bytes(training)
     tokens = training.micro_batch_size * training.block_tokens
-    chunk = min(tokens, training.loss_chunk_tokens)
+    chunk = min(tokens, training.logits_tokens)
     logits = chunk * words * (FP32_BYTES + number)
     learns = model.get_output_embeddings().weight.requires_grad
     return logits + tokens * width * number + (words * width * (FP32_BYTES + number) if learns else 0)
