@@ -282,7 +282,9 @@ def _finish(folder: Path, config: Config, model: Any, times: list[float], seen: 
             step_s=float(np.median(steps)), tokens_per_s=int(sums[1]) / took_s, tokens=int(sums[0]),
             validation_loss=total / count,
         )  # fmt: skip
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # accelerate's objects were seen to wait for ever for a group that is gone
 
 
 def memory(folder: Path, settings: dict[str, Any]) -> None:
@@ -356,5 +358,3 @@ if __name__ == "__main__":
     {"prepare": lambda *_: prepare(where), "ray": ray, "trainer": trainer, "accelerate": accelerate, "memory": memory}[
         verb
     ](where, given)
-    sys.stdout.flush()
-    os._exit(0)  # accelerate was seen to wait for ever on its way out
