@@ -4,11 +4,13 @@ python -m jobs.train --config jobs/configs/demo.yaml [--set training.max_steps=5
 """
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from app import tables
 from app.config import Config
-from app.job import Job, Outcome
+from app.errors import ClusterError
+from app.job import Job, Outcome, connect
 from app.versions import ModelVersion, TableVersion, as_json
 
 
@@ -32,9 +34,11 @@ def inputs(config: Config) -> dict[str, Any]:
 
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What would be read, computed and written."""
+    """What would be read, computed, needed and written; without a cluster, not whether that is there."""
     from app.training.planning import plan
 
+    with suppress(ClusterError):
+        connect()
     return plan(config, TableVersion(**inputs["table"]))
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import ray
 
 from app import tables
 from app.config import Config, TrainingConfig
@@ -33,7 +34,8 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
     config, _ = pinned(config)
     check_base_model(config)
     training = config.training
-    check_cluster(training)
+    if ray.is_initialized():
+        check_cluster(training)
     storage = Storage(config.storage.uri)
     tokenizer = data.make_tokenizer(config, table)
     sample = tables.read_local(config, table, ["messages"], "train", SAMPLED_CONVERSATIONS)
@@ -67,6 +69,8 @@ def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"memory_bytes": needed.to_json()}
     if training.probe_steps == 0:
         return found | {"fits": "not looked: training.probe_steps is 0"}
+    if not ray.is_initialized():
+        return found | {"fits": "not looked: no Ray cluster is running here"}
     try:
         with probe.Workers(training) as workers:
             room = workers.room()

@@ -355,11 +355,13 @@ def test_a_plan_says_that_workers_do_not_fit_into_memory(config: Config, table: 
     assert planned["time"] == "not measured: the workers do not fit into memory"
 
 
-def test_dry_run_plans_and_writes_nothing(config: Config, table: TableVersion, store: str) -> None:
-    from jobs.train import JOB
-
+def test_dry_run_plans_and_writes_nothing(config: Config, table: TableVersion, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     before = sorted(Path(config.storage.uri).rglob("*"))
-    planned = JOB.plan(config, JOB.inputs(config))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(file), "--dry-run"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240).stdout
+    planned = json.loads(output.splitlines()[-1])["figures"]["plan"]
     assert planned["read"]["table"] == str(tables.latest(config))
     assert planned["steps"] == STEPS
     assert 0 < planned["epochs"] < 100
