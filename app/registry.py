@@ -12,7 +12,8 @@ newest compressed version, `champion` the newest that passed evaluation.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from app.config import Config
@@ -43,6 +44,20 @@ def tracking_uri(config: Config) -> str:
             "set storage.tracking_uri, e.g. http://mlflow:5000",
         )
     return f"sqlite:///{storage.path('mlflow.db')}"
+
+
+@contextmanager
+def closing(close: Callable[[str], None]) -> Iterator[None]:
+    """Close an MLflow run with the status of what became of the block: FINISHED, FAILED, or KILLED by a signal."""
+    status = "KILLED"
+    try:
+        yield
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        close(status)
 
 
 class Registry:

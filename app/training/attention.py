@@ -128,9 +128,11 @@ def varlen(
     if position_ids is None or attention_mask is not None:
         raise ModelError(f"{type(module).__name__} does not say where conversations end", "set training.attention=sdpa")
     blocks, _heads, tokens, _size = query.shape
+    if len(position_ids) != blocks:
+        position_ids = position_ids.expand(blocks, tokens)
     if _latest is None or _latest.position_ids is not position_ids:
         _latest = layout(position_ids)
-    where = _latest if len(position_ids) == blocks else layout(position_ids.expand(blocks, tokens))
+    where = _latest
     query_phd, key_phd, value_phd = (
         _rows(part.transpose(1, 2).flatten(0, 1), where.rows_p, where.places_r) for part in (query, key, value)
     )

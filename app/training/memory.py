@@ -106,6 +106,7 @@ def _held_in_update(training: TrainingConfig, trained: float, largest: int, shar
 
 
 def _is_muons(name: str, weight: Any) -> bool:
+    """Whether DeepSpeed (0.19) has Muon train it, where Muon is asked for."""
     return weight.ndim == 2 and "embed" not in name and "lm_head" not in name
 
 

@@ -73,9 +73,7 @@ def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
         return found | {"fits": "not looked: no Ray cluster is running here"}
     try:
         with probe.Workers(training) as workers:
-            room = workers.room()
-            tightest = min(room, key=lambda one: one.available_bytes / one.workers)
-            found["available_bytes"] = round(tightest.available_bytes / tightest.workers)
+            found["available_bytes"] = workers.available_bytes()
             found["fits"] = needed.peak <= found["available_bytes"]
             if not found["fits"]:
                 return found | {"time": "not measured: the workers do not fit into memory"}

@@ -8,26 +8,18 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.config import TrainingConfig
+from app.errors import RayloopError, StageFailed
 from app.training.worker import start_model, use_threads
 
 ROOM_TIMEOUT_S = 20.0
 """How long is waited for room on the cluster."""
 LEFT_OUT_STEPS = 2
-"""The first ones: memory is taken, kernels are chosen."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """Memory that is free where a worker would be."""
-
-    node: str
-    workers: int
-    """Of this run on the node, or 1 where each has a GPU."""
-    available_bytes: int
+"""Before those that are measured: memory is taken, kernels are chosen."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +62,34 @@ class Workers:
         options = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
         return ray.remote(_Worker).options(scheduling_strategy=where, **options).remote()
 
-    def room(self) -> list[Room]:
-        """The memory where each worker is."""
-        found = ray.get([actor.room.remote(self._training.use_gpu) for actor in self._actors])
+    def available_bytes(self) -> int:
+        """Memory that is free for each worker, where it is scarcest."""
+        found: list[tuple[str, int]] = ray.get([actor.room.remote(self._training.use_gpu) for actor in self._actors])
         nodes = [node for node, _ in found]
-        return [
-            Room(node, 1 if self._training.use_gpu else nodes.count(node), available_bytes)
-            for node, available_bytes in found
-        ]
+        return min(available // (1 if self._training.use_gpu else nodes.count(node)) for node, available in found)
 
     def speed(self, tokenizer: Any, steps: int) -> Speed:
-        """Train for some steps and validate once; what is learned is thrown away."""
+        """Train for some steps and validate once; what is learned is thrown away.
+
+        Raises:
+            RayloopError: What a worker met.
+        """
         address = ray.get(self._actors[0].address.remote())
         workers = len(self._actors)
         measured = [
             actor.train.remote(self._training, tokenizer, steps, rank, workers, address)
             for rank, actor in enumerate(self._actors)
         ]
-        found = ray.get(measured)
+        try:
+            found = ray.get(measured)
+        except RayError as error:
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, RayloopError):
+                raise cause from error
+            raise StageFailed(
+                f"the steps of the probe failed ({type(cause).__name__}: {str(cause).strip().splitlines()[-1]})",
+                "see the workers' log, or set training.probe_steps=0 to plan without them",
+            ) from error
         step_times_s, validation_s, _ = found[0]
         step_s = float(np.median(step_times_s[LEFT_OUT_STEPS:]))
         spent_s = time.monotonic() - self._began_s
@@ -103,6 +105,7 @@ class _Worker:
     """One of them."""
 
     def room(self, use_gpu: bool) -> tuple[str, int]:
+        """The node, and the memory that is free there."""
         node = ray.get_runtime_context().get_node_id()
         if use_gpu:
             import torch
@@ -113,6 +116,7 @@ class _Worker:
         return node, int(psutil.virtual_memory().available)
 
     def address(self) -> str:
+        """Where the workers may meet."""
         with socket.socket() as free:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
@@ -133,7 +137,8 @@ class _Worker:
 
         backend = "nccl" if training.use_gpu else "gloo"
         dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=workers)
-        few = training.model_copy(update={"max_steps": steps, "report_every_steps": steps, "on_bad_loss": "skip"})
+        last = LEFT_OUT_STEPS + steps
+        few = training.model_copy(update={"max_steps": last, "report_every_steps": last, "on_bad_loss": "skip"})
         blocks = _made_up(len(tokenizer), training.block_tokens, few.blocks_per_step)
         groups = workers // training.workers_per_batch
         validation = {name: column[: training.micro_batch_size * groups] for name, column in blocks.items()}

@@ -23,7 +23,7 @@ from app.config import Config
 from app.errors import StageFailed
 from app.job import job_id
 from app.lineage import Lineage
-from app.registry import Registry
+from app.registry import Registry, closing
 from app.storage import Storage
 from app.telemetry import Progress, progress
 from app.training import adapters, checkpoint, data, preference_blocks, report
@@ -131,15 +131,8 @@ def _recorded(config: Config, table: TableVersion, name: str) -> Iterator[_Recor
     """A record whose MLflow run is closed as what became of it."""
     with progress("train", config.training.max_steps, "steps") as bar:
         record = _Record(config, table, name, bar)
-        status = "KILLED"
-        try:
+        with closing(lambda status: record.registry.end_run(record.run_id, status)):
             yield record
-            status = "FINISHED"
-        except Exception:
-            status = "FAILED"
-            raise
-        finally:
-            record.registry.end_run(record.run_id, status)
 
 
 def _finished(storage: Storage, name: str, config: Config) -> str | None:

@@ -12,7 +12,7 @@ from ray import tune as ray_tune
 
 from app.config import Config
 from app.job import job_id
-from app.registry import Registry
+from app.registry import Registry, closing
 from app.telemetry import Progress, progress
 from app.tuning.schedulers import from_tune
 from app.tuning.trials import Kept, Trial
@@ -151,12 +151,5 @@ def recorded(config: Config, table: TableVersion, kept: Kept) -> Iterator[Record
     """A record whose MLflow run is closed as what became of it."""
     with progress("tune", config.tuning.trials * config.tuning.max_steps, "steps") as bar:
         record = Record(config, table, kept, bar)
-        status = "KILLED"
-        try:
+        with closing(record.close):
             yield record
-            status = "FINISHED"
-        except Exception:
-            status = "FAILED"
-            raise
-        finally:
-            record.close(status)

@@ -355,6 +355,18 @@ def test_a_plan_says_that_workers_do_not_fit_into_memory(config: Config, table: 
     assert planned["time"] == "not measured: the workers do not fit into memory"
 
 
+def test_a_plan_of_one_step_has_a_time_and_one_whose_steps_fail_has_the_reason(
+    config: Config, table: TableVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.training import probe
+    from app.training.planning import plan
+
+    assert plan(config.with_overrides({"training.probe_steps": 1}), table)["time"]["step_s"] > 0
+    monkeypatch.setattr(probe._Worker, "address", lambda self: "127.0.0.1:nowhere")
+    with pytest.raises(StageFailed, match=r"the steps of the probe failed \(ValueError: .*nowhere"):
+        plan(config, table)
+
+
 def test_dry_run_plans_and_writes_nothing(config: Config, table: TableVersion, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
