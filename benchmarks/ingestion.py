@@ -164,7 +164,9 @@ def of_the_head() -> list[int]:
     return found
 
 
-def measure(name: str, workload: Workload, task: str, object_store_bytes: int | None = None) -> list[Measurement]:
+def measure(
+    name: str, workload: Workload, task: str, object_store_bytes: int | None = None, memory_throughout: bool = False
+) -> list[Measurement]:
     """A fresh process, and two runs in it; kept in `MEASUREMENTS`."""
     is_ours = name.startswith("rayloop")
     script = "product" if is_ours else name
@@ -177,11 +179,10 @@ def measure(name: str, workload: Workload, task: str, object_store_bytes: int | 
     if is_ours:
         environment |= {"EVERYTHING": "1"} if name == EVERYTHING else {}
         with head(object_store_bytes) as found:
-            runs = measured.runs_of(
-                command, environment | {key: found[key] for key in found.keys() - {"PATH"}}, of_the_head()
-            )
+            environment |= {key: found[key] for key in found.keys() - {"PATH"}}
+            runs = measured.runs_of(command, environment, of_the_head(), memory_throughout)
     else:
-        runs = measured.runs_of(command, environment)
+        runs = measured.runs_of(command, environment, memory_throughout=memory_throughout)
     tokens, output_bytes = looked_at(output / "result", task)
     shutil.rmtree(output)
     made = [
@@ -288,9 +289,9 @@ def memory(workload: str) -> list[str]:
     found = {}
     for size in sizes:
         given = workloads.workload(workload, size)
-        found[size] = measure("rayloop", given, "A")[-1]
+        found[size] = measure("rayloop", given, "A", memory_throughout=True)[-1]
     whole = workloads.workload(workload, 1.0)
-    small = measure("rayloop", whole, "A", object_store_bytes=whole.bytes // 4)[-1]
+    small = measure("rayloop", whole, "A", object_store_bytes=whole.bytes // 4, memory_throughout=True)[-1]
     return memory_table(found, small)
 
 
@@ -373,9 +374,10 @@ def about(found: Sequence[Measurement]) -> list[str]:
     return [
         f"Input: {planted}. Repetitions are interleaved; cells are the median and the range.", "",
         "Cold: a fresh process from its start to its first result. Warm: the same work again in it. Peak: proportional "
-        "set size of all processes of the warm run, with all of Ray. In task A the product also writes the Iceberg "
-        "table of clean conversations and reads it back, and so do the bare kernels, which lack only Ray and the "
-        "commit; the other tools do not.", "",
+        "set size of all processes of both runs, with all of Ray; looked at twice a second in the cold run, for a "
+        "hundredth of the time in the warm one, since looking costs speed. In task A the product also writes the "
+        "Iceberg table of clean conversations and reads it back, and so do the bare kernels, which lack only Ray and "
+        "the commit; the other tools do not.", "",
         f"Load average of the {os.cpu_count()} cores before the runs: {spread([entry.load for entry in found])}. "
         "Far above their number, or unlike from tool to tool, it means that others used the machine, and rates tell "
         "nothing.", "",
