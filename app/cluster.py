@@ -43,11 +43,12 @@ def collect(tasks: Sequence[Any]) -> list[Any]:
     try:
         results: list[Any] = ray.get(list(tasks))
     except RayTaskError as error:
-        if isinstance(error.cause, RayloopError):
-            raise error.cause from error
-        raise StageFailed(
-            f"a task failed ({type(error.cause).__name__}: {error.cause})", "see the job's log"
-        ) from error
+        cause = error.cause
+        while isinstance(cause, RayTaskError):  # of a task that waited for another's result
+            cause = cause.cause
+        if isinstance(cause, RayloopError):
+            raise cause from error
+        raise StageFailed(f"a task failed ({type(cause).__name__}: {cause})", "see the job's log") from error
     except RayError as error:
         raise StageFailed(f"a task was lost ({type(error).__name__}: {error})", "submit the job again") from error
     return results

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from app import cluster, tables
 from app.config import Config
 from app.drift import Sketch
-from app.errors import RegistryError
+from app.errors import RegistryError, TableChanged
 from app.ingestion.anomalies import FEATURES, Baseline, features
 from app.ingestion.decision import held_keys
 from app.ingestion.imputation import Imputer
@@ -20,7 +20,8 @@ from app.storage import local_folder
 from app.versions import TableVersion
 
 if TYPE_CHECKING:
-    from pyiceberg.table import Table
+    from pyiceberg.io.pyarrow import ArrowScan
+    from pyiceberg.table import FileScanTask, Table
 
 LEAST_SAMPLE = 100
 """Fewer conversations say too little of what is usual."""
@@ -45,13 +46,17 @@ class History:
         self._imputer: Imputer | None = None
 
     def keys(self, table: "Table") -> list[Any]:
-        """References to tables of `HELD` with a `minhash` column: of all that the table holds."""
+        """References to tables of `HELD` with a `minhash` column: of all that the table holds, as it was opened.
+
+        Reading one raises `TableChanged` if maintenance has removed a file meanwhile; a new `History` is needed then.
+        """
         files = _data_files(table)
-        self._keys = [(group, keys) for group, keys in self._keys if files.issuperset(group)]
-        new = sorted(files.difference(*(group for group, _ in self._keys)))
+        self._keys = [(group, keys) for group, keys in self._keys if files.keys() >= set(group)]
+        new = sorted(files.keys() - {file for group, _ in self._keys for file in group})
         for start in range(0, len(new), FILES_A_TASK):
             group = new[start : start + FILES_A_TASK]
-            self._keys.append((group, cluster.submit(_keys_of, self._config, group)))
+            tasks = [files[file] for file in group]
+            self._keys.append((group, cluster.submit(_keys_of, _keys_scan(table), tasks)))
         return [keys for _, keys in self._keys]
 
     def baseline(
@@ -101,22 +106,31 @@ class History:
         self._fitted_rows = count
 
 
-def _data_files(table: "Table") -> set[str]:
-    """The table's data files, by path."""
+def _data_files(table: "Table") -> "dict[str, FileScanTask]":
+    """How the table's data files are read, by path."""
     if table.current_snapshot() is None:
-        return set()
-    return {task.file.file_path for task in table.scan().plan_files()}
+        return {}
+    return {task.file.file_path: task for task in table.scan().plan_files()}
 
 
-def _keys_of(config: Config, files: Sequence[str]) -> pa.Table:
-    """The keys and signatures of some data files; rows that a delete file takes away are left out."""
+def _keys_scan(table: "Table") -> "ArrowScan":
     from pyiceberg.expressions import AlwaysTrue
     from pyiceberg.io.pyarrow import ArrowScan
 
-    table = tables.open_table(config.storage, config.ingestion.table)
-    scan = table.scan(selected_fields=("content_hash", "conversation_id", "intent", "minhash"))
-    tasks = [task for task in scan.plan_files() if task.file.file_path in set(files)]
-    rows = ArrowScan(table.metadata, table.io, scan.projection(), AlwaysTrue()).to_table(tasks)
+    columns = table.schema().select("content_hash", "conversation_id", "intent", "minhash")
+    return ArrowScan(table.metadata, table.io, columns, AlwaysTrue())
+
+
+def _keys_of(scan: "ArrowScan", tasks: "Sequence[FileScanTask]") -> pa.Table:
+    """The keys and signatures of some data files; rows that a delete file takes away are left out."""
+    try:
+        rows = scan.to_table(tasks)
+    except FileNotFoundError as error:
+        raise TableChanged(
+            f"maintenance has removed files of the table while an ingest compared with them ({error}); nothing was "
+            "added",
+            "run the job again",
+        ) from None
     return held_keys(rows).append_column("minhash", rows["minhash"])
 
 
