@@ -56,9 +56,9 @@ def read(
     """
     from sqlalchemy import text
 
-    bounded = _bounded(query, cursor_column, after, until)
-    start = 0
+    query, start = _checked(query), 0
     with _connected(uri, timeout_s) as connection:
+        bounded = _bounded(query, _quoted(connection, cursor_column), after, until)
         found = connection.execution_options(stream_results=True, yield_per=batch_rows).execute(
             text(bounded), _values(after, until)
         )
@@ -78,19 +78,19 @@ def latest(uri: str, query: str, cursor_column: str, timeout_s: float = 60.0) ->
     """
     from sqlalchemy import text
 
+    query = _checked(query)
     with _connected(uri, timeout_s) as connection:
-        value = connection.execute(text(f'SELECT max("{_name(cursor_column)}") FROM ({_checked(query)}) AS q')).scalar()
+        column = _quoted(connection, cursor_column)
+        value = connection.execute(text(f"SELECT max({column}) FROM ({query}) AS q")).scalar()
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
-def _bounded(query: str, cursor_column: str | None, after: Any, until: Any) -> str:
-    query = _checked(query)
-    if cursor_column is None:
+def _bounded(query: str, column: str | None, after: Any, until: Any) -> str:
+    if column is None:
         return query
-    name = _name(cursor_column)
-    limits = [f'"{name}" > :after'] * (after is not None) + [f'"{name}" <= :until'] * (until is not None)
+    limits = [f"{column} > :after"] * (after is not None) + [f"{column} <= :until"] * (until is not None)
     where = f" WHERE {' AND '.join(limits)}" if limits else ""
-    return f'SELECT * FROM ({query}) AS q{where} ORDER BY "{name}"'
+    return f"SELECT * FROM ({query}) AS q{where} ORDER BY {column}"
 
 
 def _values(after: Any, until: Any) -> dict[str, Any]:
@@ -106,10 +106,17 @@ def _checked(query: str) -> str:
     return re.sub(r"(?<![:\w\\]):(?=\w+(?!:))", r"\\:", query.strip().removesuffix(";"))
 
 
-def _name(column: str) -> str:
+def _quoted(connection: "Connection", column: str | None) -> str | None:
+    """A column of the query `q`, as this database quotes it.
+
+    With its table's name: MySQL takes what stands in double quotes for a text, and SQLite too where there is no such
+    column.
+    """
+    if column is None:
+        return None
     if not re.fullmatch(r"\w+", column):
         raise ConfigError(f"ingestion.sources: {column!r} is no column name", "name a column of the query")
-    return column
+    return f"q.{connection.dialect.identifier_preparer.quote_identifier(column)}"
 
 
 @contextlib.contextmanager

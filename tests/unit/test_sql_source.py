@@ -6,11 +6,13 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from app.config import Config
 from app.errors import ConfigError, SourceError, SourceUnavailable
@@ -257,6 +259,18 @@ def test_a_query_that_fails_says_why(database: str) -> None:
     assert not isinstance(failed.value, SourceUnavailable)
     with pytest.raises(ConfigError, match="no column name"):
         read(config(database, cursor_column='id" OR 1=1 --'), {})
+
+
+def test_a_cursor_column_that_the_query_does_not_have_is_an_error(database: str) -> None:
+    with pytest.raises(SourceError, match="updated"):
+        parts_of(config(database, cursor_column="updated"), {})
+
+
+def test_a_cursor_column_is_quoted_as_the_database_does() -> None:
+    """In double quotes MySQL takes it for a text, which is above no row's value."""
+    dialects = {"mysql": mysql.dialect(), "postgresql": postgresql.dialect(), "sqlite": sqlite.dialect()}
+    quoted = {name: sql._quoted(SimpleNamespace(dialect=found), "id") for name, found in dialects.items()}
+    assert quoted == {"mysql": "q.`id`", "postgresql": 'q."id"', "sqlite": 'q."id"'}
 
 
 def test_a_server_that_thinks_for_too_long_is_stopped(tickets: str) -> None:
