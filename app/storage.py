@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyarrow import fs
@@ -33,6 +33,10 @@ from app.filesystems import resolve as resolve
 
 STAGING, INGESTED = "staging", "ingested"
 """Folders that ingests write beside the tables: blocks on their way, and how far sources were read."""
+UNUSED_S = 7 * 86_400
+"""After so long a node forgets copies that nobody asks for."""
+PACKED, PACKED_MANIFEST = "packed", "packed.json"
+"""The folder of tokens made of table versions, and what says in each of which version."""
 
 
 class Storage:
@@ -132,6 +136,18 @@ class Storage:
         except OSError as error:
             raise StorageError(f"cannot list {self.uri(*parts)} ({error})") from error
 
+    def files(self, *parts: str) -> Sequence[fs.FileInfo]:
+        """All files below a folder, at any depth; none if it is not there.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        selector = fs.FileSelector(self.path(*parts), recursive=True, allow_not_found=True)
+        try:
+            return [file for file in self.filesystem.get_file_info(selector) if file.type == fs.FileType.File]
+        except OSError as error:
+            raise StorageError(f"cannot list {self.uri(*parts)} ({error})") from error
+
     def upload(self, folder: Path, *parts: str) -> str:
         """Copy a local folder below the root; returns its URI. What is already there under that name goes.
 
@@ -141,9 +157,15 @@ class Storage:
         target = self.path(*parts)
         if self.is_local:
             aside = Path(f"{target}.{_unique()}")
-            shutil.copytree(folder, aside)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
+            try:
+                shutil.copytree(folder, aside)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+            except OSError as error:  # shutil's own are
+                shutil.rmtree(aside, ignore_errors=True)
+                raise StorageError(
+                    f"cannot write {self.uri(*parts)} ({error})", "free some space or check permissions"
+                ) from error
             return self.uri(*parts)
         try:
             if self.exists(*parts):
@@ -175,9 +197,21 @@ class Storage:
         try:
             self.filesystem.create_dir(target, recursive=True)
             fs.copy_files(str(folder), target, destination_filesystem=self.filesystem)
+            if self.is_local:
+                _sync(Path(target), [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()])
         except OSError as error:
             raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
         return self.uri(*parts)
+
+
+def _sync(folder: Path, files: Iterable[Path]) -> None:
+    """Make copied files survive a power cut."""
+    written = [folder / file for file in files]
+    for file in written:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for parent in {file.parent for file in written}:
+        sync_folder(str(parent))
 
 
 def _unique() -> str:
@@ -205,11 +239,15 @@ def _copied(filesystem: fs.FileSystem, path: str, uri: str) -> Path:
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     state = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.type == fs.FileType.File)
     name = hashlib.sha256(repr((uri, state)).encode()).hexdigest()[:16]
-    cached = Path(tempfile.gettempdir()) / "rayloop-cache" / name
+    cached = node_cache() / name
     if cached.is_dir():
+        os.utime(cached)
         return cached
+    for other in cached.parent.iterdir():
+        if not other.name.startswith("blocks-") and time.time() - other.stat().st_mtime > UNUSED_S:
+            shutil.rmtree(other, ignore_errors=True)  # one that still maps it keeps it
     partial = cached.with_name(f"{name}.{_unique()}")
-    partial.mkdir(parents=True)
+    partial.mkdir()
     fs.copy_files(path, str(partial), source_filesystem=filesystem)
     for file, size, _ in state:
         copy = partial / file.removeprefix(path).lstrip("/")
@@ -220,6 +258,13 @@ def _copied(filesystem: fs.FileSystem, path: str, uri: str) -> Path:
     with contextlib.suppress(OSError):  # another process was faster
         os.replace(partial, cached)
     return cached
+
+
+def node_cache() -> Path:
+    """This user's folder on this node's disk for copies of what lies elsewhere; nobody else may enter it."""
+    folder = Path(tempfile.gettempdir()) / f"rayloop-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def sync_folder(folder: str) -> None:

@@ -92,7 +92,7 @@ def test_a_node_lays_blocks_out_once_and_forgets_those_that_nobody_asks_for(
 
     first = data.mapped(packed("first"))["input_ids"]
     assert first.tolist() == np.arange(24).reshape(6, 4).tolist()
-    cache = tmp_path / "node" / "rayloop-cache"
+    cache = tmp_path / "node" / f"rayloop-cache-{os.getuid()}"
     [laid_out] = cache.glob("blocks-*/")
     (tmp_path / "first" / "a.parquet").unlink()
     assert len(data.mapped(data.Packed(str(tmp_path / "first"), "", "", ("a.parquet",), 6, 0, ""))["input_ids"]) == 6
