@@ -46,8 +46,8 @@ class StorageConfig(Section):
 class InputsConfig(Section):
     """The versions a stage starts from; none means the newest. `jobs.lifecycle` fills these in."""
 
-    snapshot_id: int | None = None
-    """Snapshot of `ingestion.table` to read."""
+    snapshot_id: VersionName | None = None
+    """Version of `ingestion.table` to read: a snapshot's id, or a tag such as train-2026-11."""
     model_version: VersionName | None = None
     """Version of `registry.model` to compress, evaluate, serve or export."""
 

@@ -97,6 +97,14 @@ def content_hashes(messages: pa.ListArray) -> list[str]:
     return [hashlib.sha256(text).hexdigest() for text in texts.cast(pa.binary()).to_pylist()]
 
 
+def id_hash(conversation_id: str) -> str:
+    """What a refused record is found by when its conversation is to be forgotten: SHA-256, 64 hex digits.
+
+    Not the id itself: in a record that breaks rules it may be anything.
+    """
+    return hashlib.sha256(conversation_id.encode()).hexdigest()
+
+
 def split_of(content_hash: str, validation_fraction: float) -> str:
     """`train` or `validation`, by the hash alone: the same conversation is always on the same side."""
     return "validation" if int(content_hash[:12], 16) / 16**12 < validation_fraction else "train"

@@ -20,7 +20,7 @@ from app.catalog import catalog_properties as catalog_properties
 from app.config import Config, StorageConfig
 from app.errors import ConfigError, TableError, TableNotFound
 from app.snapshots import SUMMARY_PREFIX as SUMMARY_PREFIX
-from app.snapshots import successor
+from app.snapshots import ancestors, successor
 from app.snapshots import summary_of as summary_of
 from app.storage import sync_folder
 from app.table_commits import append as append
@@ -141,6 +141,15 @@ def exists(config: Config, version: TableVersion) -> bool:
     except TableError:
         return False
     return True
+
+
+def is_of_current(config: Config, version: TableVersion) -> bool:
+    """Whether the version can be read, and is the current one or was gone on from; not where a rollback left it."""
+    try:
+        table, snapshot = _snapshot(config, version)
+    except TableError:
+        return False
+    return any(snapshot.snapshot_id == earlier.snapshot_id for earlier in ancestors(table))
 
 
 def summary(config: Config, version: TableVersion) -> dict[str, str]:

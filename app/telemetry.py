@@ -43,7 +43,9 @@ SLOTS_IN_USE = Metric("rayloop_slots_in_use", "gauge", "Sequences being generate
 HANDOVERS = Metric("rayloop_handovers_total", "counter", "Answers handed to a person.", ("reason",))
 FEEDBACK = Metric("rayloop_feedback_total", "counter", "Feedback received.", ("variant", "rating"))
 
-INGEST_RECORDS = Metric("rayloop_ingest_records_total", "counter", "Records ingested.", ("outcome",))
+INGEST_RECORDS = Metric(
+    "rayloop_ingest_records_total", "counter", "Records read and committed, by what became of them.", ("outcome",)
+)
 INGEST_RETRIES = Metric("rayloop_ingest_retries_total", "counter", "Blocks that were examined again.")
 INGEST_LAG = Metric(
     "rayloop_ingest_lag_messages", "gauge", "Messages that were not committed yet.", ("topic", "partition")
@@ -57,6 +59,9 @@ TRAINING_BAD_LOSSES = Metric(
 TRAINING_TOKENS_PER_SECOND = Metric("rayloop_training_tokens_per_second", "gauge", "Training throughput.", ("run",))
 TRAINING_GRADIENT_NORM = Metric("rayloop_training_gradient_norm", "gauge", "Before clipping.", ("run",))
 TRAINING_LEARNING_RATE = Metric("rayloop_training_learning_rate", "gauge", "Of the latest step.", ("run",))
+TRAINING_DATA_STALL = Metric(
+    "rayloop_training_data_stall_fraction", "gauge", "Share of the time spent waiting for data.", ("run",)
+)
 TRAINING_MFU = Metric("rayloop_training_mfu", "gauge", "Model FLOPs as a share of a matrix product's.", ("run",))
 TRAINING_MEMORY = Metric("rayloop_training_memory_bytes", "gauge", "The most memory that worker 0 has held.", ("run",))
 

@@ -201,8 +201,8 @@ def read_feedback(storage: Storage, since: datetime.datetime | None = None) -> I
         yield record
 
 
-def files(storage: Storage) -> list[tuple[str, int]]:
-    """The log's files and their sizes: they change with every record.
+def files(storage: Storage) -> list[tuple[str, int, float]]:
+    """The log's files, their sizes, which change with every record, and when they did last, in seconds since 1970.
 
     Raises:
         StorageError: The log cannot be listed.
@@ -214,7 +214,11 @@ def files(storage: Storage) -> list[tuple[str, int]]:
             infos = storage.filesystem.get_file_info(selector)
         except OSError as error:
             raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
-        found += [(f"{folder}/{info.base_name}", info.size) for info in infos if _SEGMENT.match(info.base_name)]
+        found += [
+            (f"{folder}/{info.base_name}", info.size, (info.mtime_ns or 0) / 1e9)
+            for info in infos
+            if _SEGMENT.match(info.base_name)
+        ]
     return sorted(found)
 
 

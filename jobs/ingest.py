@@ -3,14 +3,17 @@
 python -m jobs.ingest --config jobs/configs/demo.yaml [--set K=V] [--dry-run] [--follow]
 """
 
+import logging
 import sys
 from typing import Any
 
 from app import tables
 from app.config import Config
-from app.errors import TableError
+from app.errors import SourceUnavailable, TableNotFound
 from app.job import Job, Outcome
 from app.versions import TableVersion, as_json
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
@@ -28,10 +31,16 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
 
 
 def inputs(config: Config) -> dict[str, Any]:
-    """The state of every source."""
+    """The state of every source; what is followed may be away for a while."""
     from app.ingestion.sources import state
 
-    return {"sources": state(config)}
+    try:
+        return {"sources": state(config)}
+    except SourceUnavailable as error:
+        if not config.ingestion.follow.enabled:
+            raise
+        logger.warning("%s: it is waited for", error.what)
+        return {"sources": [{"uri": source.uri} for source in config.ingestion.sources]}
 
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -41,14 +50,14 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def still_there(config: Config, outputs: dict[str, Any]) -> bool:
-    """Whether the snapshot can still be read; following is never done."""
-    return not config.ingestion.follow.enabled and tables.exists(config, TableVersion(**outputs["table"]))
+    """Whether the snapshot is the current version or one that it goes back to; following is never done."""
+    return not config.ingestion.follow.enabled and tables.is_of_current(config, TableVersion(**outputs["table"]))
 
 
 def _now(config: Config, name: str) -> dict[str, Any]:
     try:
         snapshot = tables.open_table(config.storage, name).current_snapshot()
-    except TableError:
+    except TableNotFound:
         snapshot = None
     rows = int((snapshot.summary and snapshot.summary["total-records"]) or 0) if snapshot else 0
     return {"table": name, "snapshot_id": snapshot.snapshot_id if snapshot else None, "rows": rows}

@@ -52,12 +52,14 @@ def process(
         keys = _examined(config, parts, staging, history)
         held = history.keys(kept_table)
         refuse = rule_of(config.ingestion, REPEATED_ID).severity != "warn"
-        [verdicts] = cluster.collect([cluster.submit(_decided, keys, held, refuse)])
+        verdicts, chars = cluster.collect(
+            [cluster.submit(_decided, keys, held, refuse), cluster.submit(_blocks_of, keys)]
+        )
         if config.ingestion.near_duplicates.detect:
             gone = verdicts if refuse else verdicts.filter(pc.not_equal(verdicts["verdict"], REPEATED_ID))
             similar = near_duplicates(keys, held, gone, staging, config.ingestion.near_duplicates.threshold)
             verdicts = pa.concat_tables([verdicts, similar.cast(VERDICTS)])
-        shares = list(_shares(*_blocks(keys), int(cluster.cpus())))
+        shares = list(_shares(sorted(chars), [chars[block] for block in sorted(chars)], int(cluster.cpus())))
         common = ray.put(
             Finaliser(
                 staging, Target.of(kept_table), Target.of(refused_table), config.ingestion,
@@ -107,14 +109,8 @@ def _decided(keys: list[Any], held: list[Any], refuse_repeated_ids: bool) -> pa.
     return decided(ray.get(keys), before, refuse_repeated_ids)
 
 
-def _blocks(keys: list[Any]) -> tuple[list[BlockName], list[int]]:
-    """The staged blocks in order, and how many characters each holds."""
-    [found] = cluster.collect([cluster.submit(_blocks_of, keys)])
-    names = sorted(found)
-    return names, [found[name] for name in names]
-
-
 def _blocks_of(keys: list[Any]) -> dict[BlockName, int]:
+    """The staged blocks, and how many characters each holds."""
     import ray
 
     chars: dict[BlockName, int] = {}

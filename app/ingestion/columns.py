@@ -1,7 +1,6 @@
 """Accepted conversations as columns."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -39,13 +38,13 @@ def messages_of(conversations: Sequence[Conversation]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), struct)
 
 
-def filled(rows: pa.Table, imputer: Imputer, arrived_at: datetime | None) -> tuple[pa.Table, np.ndarray]:
+def filled(rows: pa.Table, imputer: Imputer, arrived: pa.ChunkedArray) -> tuple[pa.Table, np.ndarray]:
     """Rows with what `imputer` fills in whatever the text is, and which rows need nothing else filled in.
 
     Args:
         rows: `ACCEPTED` rows without the columns `imputed` and `masked`.
         imputer: What it does record by record, this does to the same effect.
-        arrived_at: When the source was written.
+        arrived: (rows,) timestamps: when each was written, null where that is not known.
 
     Returns:
         The rows with the column `imputed`, and (rows,) bool: False for one that `imputer` has to look at itself.
@@ -54,12 +53,16 @@ def filled(rows: pa.Table, imputer: Imputer, arrived_at: datetime | None) -> tup
     lacks = {
         "channel": (pc.equal(rows["channel"], "unknown"), settings.channel),
         "language": (pc.is_null(rows["language"]), settings.languages[0] if len(settings.languages) == 1 else None),
-        "started_at": (pc.is_null(rows["started_at"]), arrived_at if settings.started_at else None),
-    }
+        "started_at": (
+            pc.and_(pc.is_null(rows["started_at"]), pc.is_valid(arrived)), arrived if settings.started_at else None,
+        ),
+    }  # fmt: skip
     flags = {}
     for name, (lacking, value) in lacks.items():
         if value is not None:
-            column = pc.if_else(lacking, pa.scalar(value, rows[name].type), rows[name])
+            kind = rows[name].type
+            known = value.cast(kind) if isinstance(value, pa.ChunkedArray) else pa.scalar(value, kind)
+            column = pc.if_else(lacking, known, rows[name])
             rows = rows.set_column(rows.schema.get_field_index(name), name, column)
             flags[name] = lacking
     right = np.ones(rows.num_rows, bool)

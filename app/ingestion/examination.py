@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.conversation import SIGNATURE_BYTES, content_hashes, split_of
+from app.conversation import SIGNATURE_BYTES, content_hashes, id_hash, split_of
 from app.ingestion import checks
 from app.ingestion.anomalies import features
 from app.ingestion.columns import ACCEPTED, documents, filled, table_of
 from app.ingestion.imputation import Imputer
-from app.ingestion.quality import Conversation, Refusal, Rules, check, known_columns, parse
+from app.ingestion.quality import Conversation, Refusal, Rules, check, id_of, known_columns, parse
 from app.ingestion.quarantine import EXCERPT_CHARS
 from app.ingestion.signatures import signatures
 from app.ingestion.staging import EXAMINED, KEYS, BlockName, Staging
@@ -67,9 +67,10 @@ def examined(raw: pa.Table, part: int, examiner: Examiner) -> pa.Table:
     """Raw records of one part as `EXAMINED` rows, in the same order."""
     uri, index, arrived_at = examiner.parts[part]
     source = examiner.sources[index]
-    places, whole = _plainly_right(raw, uri, source, arrived_at, examiner)
+    raw = raw.set_column(raw.schema.get_field_index("arrived"), "arrived", _arrived(raw["arrived"], arrived_at))
+    places, whole = _plainly_right(raw, uri, source, examiner)
     rest = np.setdiff1d(np.arange(raw.num_rows), places)
-    judged = _one_by_one(raw.take(pa.array(rest)), uri, source, arrived_at, examiner)
+    judged = _one_by_one(raw.take(pa.array(rest)), uri, source, examiner)
     kept = [index for index, entry in enumerate(judged) if isinstance(entry, Conversation)]
     accepted = pa.concat_tables([whole, table_of([entry for entry in judged if isinstance(entry, Conversation)])])
     accepted = accepted.combine_chunks()
@@ -77,19 +78,24 @@ def examined(raw: pa.Table, part: int, examiner: Examiner) -> pa.Table:
     refusals = {int(rest[index]): entry for index, entry in enumerate(judged) if isinstance(entry, Refusal)}
     if examiner.checks:
         accepted, failed = checks.applied(accepted, examiner.checks)
-        refusals |= {int(records[row]): refusal for row, refusal in failed.items()}
+        for row, refusal in failed.items():
+            refusal.conversation_id = accepted["conversation_id"][row].as_py()
+            refusals[int(records[row])] = refusal
     return _in_order(_described(accepted, examiner), records, refusals, raw, uri, examiner)
 
 
-def _plainly_right(
-    raw: pa.Table, uri: str, source: SourceConfig, arrived_at: datetime | None, examiner: Examiner
-) -> tuple[np.ndarray, pa.Table]:
+def _arrived(each: pa.ChunkedArray, arrived_at: datetime | None) -> pa.ChunkedArray:
+    """When each record was written; that of its part where it has no time of its own."""
+    return each if arrived_at is None else pc.coalesce(each, pa.scalar(arrived_at, each.type))
+
+
+def _plainly_right(raw: pa.Table, uri: str, source: SourceConfig, examiner: Examiner) -> tuple[np.ndarray, pa.Table]:
     """The records that need nobody's attention, as `ACCEPTED` rows, and which they are."""
     without_problem = np.flatnonzero(pc.is_null(raw["problem"]).to_numpy())
     records = raw["raw"].combine_chunks().take(pa.array(without_problem))
     found = plain(records, source.columns, examiner.rules, known_columns(source.columns))
     places = without_problem[found.places]
-    rows, right = filled(found.rows, examiner.imputer, arrived_at)
+    rows, right = filled(found.rows, examiner.imputer, raw["arrived"].take(pa.array(places)))
     right &= _has_id(rows, raw, places)
     made = _made_ids(rows["conversation_id"], uri, raw["position"].take(pa.array(places)))
     rows = rows.set_column(0, "conversation_id", made).take(pa.array(np.flatnonzero(right)))
@@ -113,21 +119,22 @@ def _made_ids(ids: pa.ChunkedArray, uri: str, positions: pa.ChunkedArray) -> pa.
     return pc.coalesce(ids, made)
 
 
-def _one_by_one(
-    raw: pa.Table, uri: str, source: SourceConfig, arrived_at: datetime | None, examiner: Examiner
-) -> list[Conversation | Refusal]:
+def _one_by_one(raw: pa.Table, uri: str, source: SourceConfig, examiner: Examiner) -> list[Conversation | Refusal]:
     known = known_columns(source.columns)
     found: list[Conversation | Refusal] = []
-    for position, record, problem, identified in zip(
-        *(raw[name].to_pylist() for name in ("position", "raw", "problem", "identified")), strict=True
+    for position, record, problem, identified, arrived_at in zip(
+        *(raw[name].to_pylist() for name in ("position", "raw", "problem", "identified", "arrived")), strict=True
     ):
+        row: dict[str, Any] = {}
         try:
             if problem is not None:
                 raise Refusal(problem)
+            row = parse(record)
             made_id = None if identified else f"{uri}#{position}"
-            conversation = check(parse(record), source.columns, examiner.rules, made_id, known)
+            conversation = check(row, source.columns, examiner.rules, made_id, known)
             found.append(_completed(conversation, arrived_at, examiner))
         except Refusal as refusal:
+            refusal.conversation_id = id_of(row, source.columns)
             found.append(refusal)
     return found
 
@@ -188,14 +195,15 @@ def _features(messages: pa.ListArray) -> pa.Array:
 
 def _refused(refusals: Mapping[int, Refusal], raw: pa.Table, uri: str, examiner: Examiner) -> dict[str, pa.Array]:
     """The columns of what is refused; none in the rows of what is not."""
-    made: list[tuple[Any, ...]] = [(None, None, None, None, None)] * raw.num_rows
+    made: list[tuple[Any, ...]] = [(None,) * 6] * raw.num_rows
     for place, refusal in refusals.items():
         record, position = raw["raw"][place].as_py(), raw["position"][place].as_py()
         made[place] = (
             refusal.reason, refusal.detail, excerpt(record, examiner.detector), len(record),
             refusal_hash(uri, position, refusal.reason, record),
+            None if refusal.conversation_id is None else id_hash(refusal.conversation_id),
         )  # fmt: skip
-    names = ("reason", "detail", "raw", "raw_bytes", "refusal_hash")
+    names = ("reason", "detail", "raw", "raw_bytes", "refusal_hash", "id_hash")
     values = zip(*made, strict=True) if made else iter([()] * len(names))
     return {name: pa.array(list(column), EXAMINED.field(name).type) for name, column in zip(names, values, strict=True)}
 

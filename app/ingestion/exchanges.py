@@ -2,11 +2,14 @@
 
 An exchange carries the whole conversation so far, so of a conversation only its last exchange is taken. Left out are
 exchanges that did not end well, that a person took over, or that were rated down; where feedback names the intent,
-that is the last question's label.
+that is the last question's label. A conversation counts once it has been silent for `settle_s`: before, it may go on
+or be judged.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -24,13 +27,17 @@ from app.versions import digest
 
 @dataclass(frozen=True)
 class TrafficPart:
-    """All that has been logged."""
+    """All that has been logged and is settled."""
 
     uri: str
     source: int
     storage: Storage
     files: tuple[tuple[str, int], ...]
     """Names and sizes of the log's files, of exchanges and of feedback."""
+    before_s: float
+    """Conversations that were silent from then on, in seconds since 1970, count."""
+    is_settled: bool
+    """Whether nothing was logged later."""
 
     @property
     def size_bytes(self) -> int:
@@ -42,13 +49,13 @@ class TrafficPart:
         """Not known."""
 
     @property
-    def mark(self) -> tuple[str, str]:
-        """Another one once anything has been logged."""
-        return f"traffic:{self.uri}", digest(self.files)
+    def mark(self) -> tuple[str, str] | None:
+        """Another one once anything has been logged; none while something waits to be settled."""
+        return (f"traffic:{self.uri}", digest(self.files)) if self.is_settled else None
 
     def reads(self, ingestion: IngestionConfig) -> Iterator[tuple[Read, int]]:
         """One task: a conversation's exchanges may lie in any of the files."""
-        yield partial(read, self.storage, ingestion.batch_rows), self.size_bytes
+        yield partial(read, self.storage, ingestion.batch_rows, self.before_s), self.size_bytes
 
 
 def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPart]:
@@ -57,17 +64,23 @@ def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPar
     Raises:
         StorageError: It cannot be listed.
     """
-    return [TrafficPart(source.identity, index, storage, tuple(traffic.files(storage)))]
+    before_s = time.time() - source.settle_s
+    found = traffic.files(storage)
+    is_settled = all(modified_s <= before_s for _, _, modified_s in found)
+    files = tuple((name, size) for name, size, _ in found)
+    return [TrafficPart(source.identity, index, storage, files, before_s, is_settled)]
 
 
-def read(storage: Storage, batch_rows: int) -> Iterator[Piece]:
-    """The last exchange of each conversation as a record; its position is its number in the log, from 0."""
+def read(storage: Storage, batch_rows: int, before_s: float) -> Iterator[Piece]:
+    """The last exchange of each conversation that is silent since `before_s` as a record; its position is its number
+    in the log, from 0."""
     by_time = sorted(traffic.read_feedback(storage), key=lambda entry: entry.received_at)
     feedback = {entry.response_id: entry for entry in by_time}
     chosen = [
         (number, record(exchange, feedback.get(exchange.response_id)))
         for number, exchange in last_exchanges(storage)
-        if wanted(exchange, feedback.get(exchange.response_id))
+        if datetime.fromisoformat(exchange.received_at).timestamp() <= before_s
+        and wanted(exchange, feedback.get(exchange.response_id))
     ]
     for start in range(0, len(chosen), batch_rows):
         some = chosen[start : start + batch_rows]

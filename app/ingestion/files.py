@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from app.errors import SourceError, StorageError
+from app.errors import SourceError, SourceUnavailable, StorageError
 from app.ingestion.formats import LINES, READERS, Piece, Span
 from app.ingestion.parts import Read
 from app.ingestion.streams import answering, first_line, opened
@@ -72,20 +72,24 @@ class FilePart:
     def reads(self, ingestion: IngestionConfig) -> Iterator[tuple[Read, int]]:
         """One task a file; several where lines can be begun at anywhere."""
         source = ingestion.sources[self.source]
+        begun = partial(read, self, source, ingestion.batch_rows, is_patient=ingestion.follow.enabled)
         if source.format not in LINES or self.compression is not None:
-            yield partial(read, self, source, ingestion.batch_rows), self.size_bytes
+            yield begun, self.size_bytes
             return
         for start in range(0, max(1, self.stored_bytes), SPAN_BYTES):
             stop = min(start + SPAN_BYTES, self.stored_bytes)
-            yield partial(read, self, source, ingestion.batch_rows, Span(start, stop)), stop - start
+            yield partial(begun, span=Span(start, stop)), stop - start
 
 
-def read(file: FilePart, source: SourceConfig, batch_rows: int, span: Span | None = None) -> Iterator[Piece]:
+def read(
+    file: FilePart, source: SourceConfig, batch_rows: int, span: Span | None = None, is_patient: bool = False
+) -> Iterator[Piece]:  # fmt: skip
     """The records of one file, or of a part of one.
 
     Raises:
         SourceError: The file is gone or cannot be read to its end.
-        SourceUnavailable: Its store stopped answering.
+        SourceUnavailable: Its store stopped answering. Where `is_patient`, also instead of SourceError: the file may
+            have been moved, or is still being written.
     """
     filesystem = _open(source)[0]
     in_order = source.format not in RANDOM_ACCESS
@@ -96,23 +100,23 @@ def read(file: FilePart, source: SourceConfig, batch_rows: int, span: Span | Non
             else:
                 yield from READERS[source.format](stream, source.columns, batch_rows)
     except (OSError, EOFError, pa.ArrowException, ValueError) as error:
-        raise SourceError(
+        raise (SourceUnavailable if is_patient else SourceError)(
             f"cannot read {file.uri} as {source.format} ({first_line(error)})",
             "the file is missing, cut short or in another format: replace it or correct ingestion.sources",
         ) from None
 
 
-def parts(source: SourceConfig, index: int) -> list[FilePart]:
+def parts(source: SourceConfig, index: int, may_be_none: bool = False) -> list[FilePart]:
     """Every file of a source, by path.
 
     Raises:
-        SourceError: There is none, or the source is not where sources may be.
+        SourceError: There is none, unless there may be, or the source is not where sources may be.
         SourceUnavailable: Its store does not answer.
     """
     try:
         filesystem, base, pattern, uri = _open(source)
         with contextlib.nullcontext() if isinstance(filesystem, fs.LocalFileSystem) else answering(source.uri):
-            found = _listed(filesystem, base, pattern, source)
+            found = _listed(filesystem, base, pattern, source, may_be_none)
     except StorageError as error:
         raise SourceError(error.what, error.remedy) from None
     except OSError as error:
@@ -142,7 +146,9 @@ def _open(source: SourceConfig) -> tuple[fs.FileSystem, str, str | None, str]:
     return (*open_uri(base), uri.removeprefix(base).lstrip("/"), base.rstrip("/"))
 
 
-def _listed(filesystem: fs.FileSystem, base: str, pattern: str | None, source: SourceConfig) -> list[fs.FileInfo]:
+def _listed(
+    filesystem: fs.FileSystem, base: str, pattern: str | None, source: SourceConfig, may_be_none: bool
+) -> list[fs.FileInfo]:  # fmt: skip
     info = filesystem.get_file_info(base)
     if info.type == fs.FileType.NotFound:
         raise SourceError(f"source {source.uri!r} does not exist", "check ingestion.sources, or fetch the data")
@@ -156,11 +162,10 @@ def _listed(filesystem: fs.FileSystem, base: str, pattern: str | None, source: S
         chosen = [path for path in files if _belongs(path.removeprefix(base), source.format)]
         hint = f"its files must end in {', '.join(SUFFIXES[source.format])} (.gz, .zst)"
     else:
-        matches = re.compile(glob_expression(pattern)).fullmatch
-        chosen = [path for path in files if matches(path.removeprefix(base).lstrip("/"))]
+        chosen = [path for path in files if _matches(pattern, path.removeprefix(base).lstrip("/"), source.format)]
         hint = "nothing matches the pattern"
     found = [files[path] or filesystem.get_file_info(path) for path in chosen if not local or _is_inside(path, base)]
-    if not found:
+    if not found and not may_be_none:
         raise SourceError(f"source {source.uri!r} holds no {source.format} file: {hint}", "check ingestion.sources")
     return found
 
@@ -198,6 +203,15 @@ def _belongs(path: str, written_as: str) -> bool:
     for suffix in COMPRESSIONS:
         path = path.removesuffix(suffix)
     return path.endswith(SUFFIXES[written_as])
+
+
+def _matches(pattern: str, path: str, written_as: str) -> bool:
+    """Whether a pattern names a file, or a folder that it is one of the format's files below."""
+    expression = glob_expression(pattern)
+    if re.fullmatch(expression, path):
+        return True
+    below = re.fullmatch(f"{expression}/(.+)", path)
+    return below is not None and _belongs(below[below.lastindex or 0], written_as)
 
 
 def glob_expression(pattern: str) -> str:

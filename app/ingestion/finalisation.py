@@ -16,6 +16,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from app.conversation import id_hash
 from app.drift import Sketch
 from app.errors import StorageError
 from app.ingestion.anomalies import Baseline
@@ -277,7 +278,9 @@ def _set_aside(
     refused.write(table.filter(pa.array(~np.isin(hashes, finaliser.held_refusals))))
 
 
-REFUSED = ("source", "position", "messages", "content_hash", "raw", "raw_bytes", "refusal_hash")
+REFUSED = (
+    "source", "position", "conversation_id", "messages", "content_hash", "raw", "raw_bytes", "refusal_hash", "id_hash",
+)  # fmt: skip
 
 
 def _refusal(row: dict[str, Any], reason: str, detail: str | None) -> dict[str, Any]:
@@ -289,6 +292,7 @@ def _refusal(row: dict[str, Any], reason: str, detail: str | None) -> dict[str, 
             "raw": text[:EXCERPT_CHARS],
             "raw_bytes": len(text.encode()),
             "refusal_hash": hashlib.sha256(identity.encode()).hexdigest(),
+            "id_hash": id_hash(row["conversation_id"]),
         }
     return {name: row[name] for name in QUARANTINE.names if name in row} | {"reason": reason, "detail": detail or ""}
 

@@ -24,7 +24,15 @@ from app.ingestion import kafka, marks, report, sources
 from app.ingestion.finalisation import Outcome
 from app.ingestion.history import History
 from app.ingestion.parts import Marks
-from app.ingestion.pipeline import Ingested, check_refused, check_rules, ingest_parts, open_tables, settings_digest
+from app.ingestion.pipeline import (
+    JUDGED_RECORDS,
+    Ingested,
+    check_refused,
+    check_rules,
+    ingest_parts,
+    open_tables,
+    settings_digest,
+)
 from app.versions import TableVersion, as_json, digest
 
 logger = logging.getLogger(__name__)
@@ -32,8 +40,6 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
 """`ray job stop` kills 3 s after it has asked."""
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
-JUDGED_RECORDS = 1_000
-"""From how many records on `max_refused_fraction` holds for all micro-batches together."""
 
 
 @dataclass
@@ -49,11 +55,13 @@ class Followed:
         """Look at a micro-batch before it is committed.
 
         Raises:
-            StageRefused: A rule's limit is passed in it, or the refused share of all micro-batches is too large.
+            StageRefused: A rule of severity stop is broken in it, or in all micro-batches together the share that broke
+            a rule, or that was refused, is too large.
         """
-        check_rules(config, outcome)
         with_it = Outcome.sum([self.total, outcome])
+        check_rules(config, outcome, stop_only=True)
         if with_it.read >= JUDGED_RECORDS:
+            check_rules(config, with_it)
             check_refused(config, with_it)
 
     def count(self, ingested: Ingested) -> None:
@@ -95,6 +103,7 @@ def follow(config: Config) -> Followed:
                 continue
             except TableChanged:
                 logger.info("another writer committed meanwhile: the micro-batch is read again")
+                history = History(config)
                 continue
             if settings.max_batches and followed.batches >= settings.max_batches:
                 break
@@ -104,7 +113,7 @@ def follow(config: Config) -> Followed:
 
 
 def _batch(config: Config, followed: Followed, history: History) -> bool:
-    """Ingest what is new; returns whether more is waiting already."""
+    """Ingest what is new; returns whether so much is waiting already that the next one begins at once."""
     started_s = time.monotonic()
     both = open_tables(config)
     settings = settings_digest(config)
@@ -125,7 +134,7 @@ def _batch(config: Config, followed: Followed, history: History) -> bool:
             f"{ingested.version}, {time.monotonic() - started_s:.1f} s",
             flush=True,
         )
-    return bool(parts) and followed.lag_messages > 0
+    return bool(parts) and followed.lag_messages >= config.ingestion.follow.max_rows
 
 
 def _show_lag(config: Config, known: Marks) -> int:

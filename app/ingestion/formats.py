@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Piece:
     """For each, why it is none; None: all are whole."""
     identified: bool
     """Whether records of this file carry their own id."""
+    arrived_ms: Sequence[int | None] | None = None
+    """When each was written, since 1970; None: not known, or when the file was."""
 
 
 def pieces(records: Iterator[tuple[bytes, str | None]], batch_rows: int, identified: bool) -> Iterator[Piece]:
@@ -175,8 +177,13 @@ def _rows(rows: Any, header: list[str]) -> Iterator[tuple[bytes, str | None]]:
             return
         except csv.Error as error:
             # What follows a quote that is not closed belongs to nobody knows which record.
-            if "unexpected end" in str(error) or "field larger" in str(error):
+            if "unexpected end" in str(error):
                 raise ValueError(f"a quote is opened at line {begins} and not closed") from None
+            if "field larger" in str(error):
+                raise ValueError(
+                    f"a field that begins at line {begins} has more than {MAX_RECORD_BYTES >> 20} MiB, or its quote is "
+                    "not closed"
+                ) from None
             yield b"[]", "invalid_csv"
             continue
         if len(row) == len(header):
@@ -209,9 +216,20 @@ def read_arrow(file: pa.NativeFile, columns: ColumnsConfig, batch_rows: int) -> 
         if is_file:
             opened = pa.ipc.open_file(file)
             batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
-            return of_batches(opened.schema, batches, columns, batch_rows)
+            return of_batches(opened.schema, _sound(batches), columns, batch_rows)
     stream = pa.ipc.open_stream(file)
-    return of_batches(stream.schema, stream, columns, batch_rows)
+    return of_batches(stream.schema, _sound(stream), columns, batch_rows)
+
+
+def _sound(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches whose offsets lie within their buffers; Arrow believes a file, and would read what lies beyond.
+
+    Raises:
+        ArrowInvalid: One does not.
+    """
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def of_batches(

@@ -59,7 +59,7 @@ class KafkaPart:
 
     @property
     def arrived_at(self) -> None:
-        """Not known."""
+        """Each message has its own time."""
 
     @property
     def mark(self) -> tuple[str, int | list[int]]:
@@ -398,4 +398,12 @@ def _piece(messages: list[Any]) -> Piece:
         [value or b"" for value in values],
         ["null_value" if value is None else None for value in values],
         identified=False,
+        arrived_ms=[_sent_ms(message) for message in messages],
     )
+
+
+def _sent_ms(message: Any) -> int | None:
+    from confluent_kafka import TIMESTAMP_NOT_AVAILABLE
+
+    kind, sent_ms = message.timestamp()
+    return None if kind == TIMESTAMP_NOT_AVAILABLE else sent_ms

@@ -80,6 +80,7 @@ def _page(
     config: Config, parts: Sequence[Part], outcome: Outcome, drift: Sequence[Drift], before: Sketch, name: str,
     error: RayloopError | None,
 ) -> str:  # fmt: skip
+    personal = "personal data is masked" if config.ingestion.privacy.mask else "personal data is NOT masked"
     sections = [
         Section("Records", [_cards(outcome), _operators(outcome)]),
         Section("Rules", _rules(config, outcome), "What records broke, and what was done with them."),
@@ -90,7 +91,7 @@ def _page(
             [_drift(drift, before, outcome.sketch)],
             _drift_note(config, drift, before, outcome.sketch),
         ),
-        Section("Refused records", [_examples(outcome)], "Some of each reason; personal data is masked."),
+        Section("Refused records", [_examples(outcome)], f"Some of each reason; {personal}."),
         Section("Sources", [_sources(parts, outcome)]),
     ]
     title = f"Ingest into {config.ingestion.table}"

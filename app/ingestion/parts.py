@@ -28,8 +28,10 @@ RAW = pa.schema(
         ("raw", pa.binary()),  # the record: a JSON line, or a row as one
         ("problem", pa.string()),  # why the reader could not make a record of it
         ("identified", pa.bool_()),  # whether records of this part carry their own id
+        ("arrived", pa.timestamp("ms", tz="UTC")),  # when it was written, where that is known of each record
     ]
 )
+RAW_TIME = RAW.field("arrived").type
 
 
 class Part(Protocol):
@@ -77,6 +79,7 @@ def block(index: int, piece: Piece) -> pa.Table:
         piece.raw if isinstance(piece.raw, pa.Array) else pa.array(piece.raw, pa.binary()),
         pa.nulls(count, pa.string()) if piece.problems is None else pa.array(piece.problems, pa.string()),
         pa.array(np.full(count, piece.identified)),
+        pa.nulls(count, RAW_TIME) if piece.arrived_ms is None else pa.array(piece.arrived_ms, RAW_TIME),
     ]
     return pa.table(columns, schema=RAW)
 

@@ -22,6 +22,8 @@ class Refusal(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.conversation_id: str | None = None
+        """Its conversation's, where it could be read."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,14 @@ def _text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise Refusal("invalid_encoding", f"character {error.start}") from None
     return normalised(value)
+
+
+def id_of(row: dict[str, Any], columns: ColumnsConfig) -> str | None:
+    """A row's conversation id as it would be kept, if it has one."""
+    try:
+        return _conversation_id(row.get(columns.conversation_id), None)
+    except Refusal:
+        return None
 
 
 def _conversation_id(value: Any, made_id: str | None) -> str:

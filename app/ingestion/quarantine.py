@@ -14,5 +14,6 @@ QUARANTINE = pa.schema(
         ("raw", pa.string()),  # its beginning, personal data masked
         ("raw_bytes", pa.int64()),  # its whole length
         ("refusal_hash", pa.string()),  # of source, position, reason and content, 64 hex digits
+        ("id_hash", pa.string()),  # of its conversation id, if it could be read: see app/conversation.py
     ]
 )

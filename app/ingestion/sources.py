@@ -91,7 +91,7 @@ def mark_of(config: Config, part: Part) -> tuple[str, Any] | None:
 def _parts(config: Config, index: int, marks: Marks) -> Sequence[Part]:
     source = config.ingestion.sources[index]
     if source.format in FILE_FORMATS:
-        return files.parts(source, index)
+        return files.parts(source, index, may_be_none=config.ingestion.follow.enabled)
     if source.format == "kafka":
         return kafka.parts(source, index, marks, config.ingestion.follow)
     if source.format == "sql":

@@ -8,6 +8,7 @@ The name says which records a block holds, so a task that is tried again replace
 leaves its folder to jobs.maintain.
 """
 
+import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from app.errors import StorageError
 from app.filesystems import Whole
 from app.storage import STAGING, Storage
 
+logger = logging.getLogger(__name__)
+
 FOLDER = STAGING
 BEGUN = "begun"
 SUFFIX = ".arrow"
@@ -34,6 +37,7 @@ EXAMINED = pa.schema(
         ("raw", pa.string()),  # of a refused record: its beginning, personal data masked
         ("raw_bytes", pa.int64()),
         ("refusal_hash", pa.string()),
+        ("id_hash", pa.string()),
         ("warnings", pa.list_(pa.string())),  # rules it breaks that only warn
         ("features", pa.list_(pa.float32())),  # what anomalies are judged by
     ]
@@ -128,10 +132,13 @@ class Staging:
             raise StorageError(f"cannot read {path} ({error})", "run the job again") from error
 
     def remove(self) -> None:
-        """Delete all blocks of the run."""
+        """Delete all blocks of the run; what cannot be deleted now is left to jobs.maintain."""
         path = self.storage.path(FOLDER, self.run)
-        if self.storage.filesystem.get_file_info(path).type != fs.FileType.NotFound:
-            self.storage.filesystem.delete_dir(path)
+        try:
+            if self.storage.filesystem.get_file_info(path).type != fs.FileType.NotFound:
+                self.storage.filesystem.delete_dir(path)
+        except OSError as error:
+            logger.warning("staged blocks under %s are left to jobs.maintain (%s)", path, error)
 
     def _path(self, name: BlockName) -> str:
         return self.storage.path(FOLDER, self.run, f"{_stem(name)}{SUFFIX}")

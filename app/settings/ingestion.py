@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
-from app.settings.section import Count, Fraction, Natural, Positive, Section
+from app.settings.section import Count, Fraction, Natural, NotNegative, Positive, Section
 from app.versions import digest
 
 SourceFormat = Literal[
@@ -101,6 +101,9 @@ class SourceConfig(Section):
     """kafka: go on from the log start where committed offsets are older than it; otherwise the stage stops."""
     timeout_s: Positive = 60.0
     """kafka, sql: how long the server may keep silent."""
+    settle_s: NotNegative = 600.0
+    """traffic: how long a conversation has to be silent before it is read: it might go on, or be judged by feedback,
+    of which nothing is seen later."""
 
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
@@ -227,7 +230,7 @@ class ImputationConfig(Section):
     channel: str | None = None
     """Channel of a record without one; none: `unknown`, and not counted as filled in."""
     started_at: bool = False
-    """A record without a time gets that of its file or message."""
+    """A record without a time gets that of its message, or of the file's last change."""
 
 
 class DriftConfig(Section):
@@ -249,7 +252,7 @@ class FollowConfig(Section):
     enabled: bool = False
     """Go on reading until SIGTERM; `--follow` sets it."""
     interval_s: Positive = 10.0
-    """From the beginning of one micro-batch to the next, if there is something to read."""
+    """From the beginning of one micro-batch to the next, unless `max_rows` messages or more are waiting."""
     max_rows: Count = 100_000
     """Most rows of a micro-batch from one Kafka source."""
     max_outage_s: Positive = 600.0

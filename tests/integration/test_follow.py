@@ -1,5 +1,6 @@
 """Streams: exactly once through kills, poison, lost offsets and outages, on brokers that speak Kafka's protocol."""
 
+import gzip
 import json
 import os
 import random
@@ -13,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from confluent_kafka import Producer
 from app import tables
 from app.config import Config
 from app.errors import SourceError, SourceUnavailable, StageRefused
+from app.ingestion import follow as stream
 from app.ingestion import kafka, marks
 from app.ingestion.follow import _Outage, follow
 from app.ingestion.pipeline import ingest
 from app.settings.ingestion import IngestionConfig
+from jobs.ingest import inputs
 from tests.conftest import ROOT
 from tests.faults import Fault
 
@@ -321,6 +326,67 @@ def test_too_many_refusals_over_all_micro_batches_stop_the_stream(store: str, br
     assert len(quarantined(config)) == 200
 
 
+def test_a_bad_message_of_a_quiet_topic_does_not_stop_what_comes_after_it(store: str, brokers: Brokers) -> None:
+    config = configured(store, brokers)
+    brokers.send(messages(1, 2))
+    ingest(config)
+    brokers.send([b"bad"])
+    assert ingest(config).outcome.refused == 1
+    brokers.send(messages(3))
+    ingest(config)
+    assert held(config) == ["n1", "n2", "n3"]
+    assert [row["position"] for row in quarantined(config)] == [2]
+
+
+def test_a_topic_of_which_nothing_can_be_accepted_is_refused_at_first(store: str, brokers: Brokers) -> None:
+    config = configured(store, brokers)
+    brokers.send([b"bad"] * 3)
+    with pytest.raises(StageRefused, match="refused 100"):
+        ingest(config)
+
+
+def test_a_message_without_a_time_has_that_of_its_sending(store: str, brokers: Brokers) -> None:
+    config = configured(store, brokers).with_overrides({"ingestion.imputation.started_at": True})
+    before = datetime.now(UTC)
+    brokers.send(messages(1, 2))
+    ingest(config)
+    rows = tables.read_local(config, tables.latest(config), ["started_at", "imputed"]).to_pylist()
+    assert len(rows) == 2
+    for row in rows:
+        assert before - timedelta(seconds=1) <= row["started_at"] <= datetime.now(UTC)
+        assert "started_at" in row["imputed"]
+
+
+def test_micro_batches_keep_their_interval_while_messages_keep_coming(
+    store: str, brokers: Brokers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(store, brokers)
+    ended, begun_s = threading.Event(), list[float]()
+    batch = stream._batch
+
+    def begin(*given: Any) -> Any:
+        begun_s.append(time.monotonic())
+        return batch(*given)
+
+    monkeypatch.setattr(stream, "_batch", begin)
+
+    def produce() -> None:
+        number = 0
+        while not ended.wait(0.1):
+            brokers.send(messages(number))
+            number += 1
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    try:
+        follow(following(config, 3, interval_s=4.0))
+    finally:
+        ended.set()
+        producer.join()
+    assert len(begun_s) >= 3
+    assert min(later - earlier for earlier, later in pairwise(begun_s)) >= 3.9
+
+
 # The job
 
 
@@ -408,3 +474,34 @@ def test_new_files_are_followed_too(store: str, tmp_path: Path, brokers: Brokers
     followed = follow(following(config, 1))
     assert followed.figures["records_read"] == 2
     assert held(config) == ["n1", "n2", "n3"]
+
+
+def test_a_folder_without_files_and_a_file_that_is_still_written_are_waited_for(
+    store: str, tmp_path: Path, brokers: Brokers
+) -> None:
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    source = {"uri": str(folder), "format": "jsonl"}
+    config = configured(store, brokers).with_overrides({"ingestion.sources": [source]})
+    whole = gzip.compress(b"\n".join(messages(1, 2)))
+
+    def arrive() -> None:
+        time.sleep(2)
+        (folder / "a.jsonl.gz").write_bytes(whole[:-12])
+        time.sleep(4)
+        (folder / "a.jsonl.gz").write_bytes(whole)
+
+    arriving = threading.Thread(target=arrive)
+    arriving.start()
+    follow(following(config, 1, interval_s=0.5))
+    arriving.join()
+    assert held(config) == ["n1", "n2"]
+
+
+def test_the_job_waits_for_brokers_that_are_away_when_it_starts(brokers: Brokers, store: str) -> None:
+    config = configured(store, brokers, timeout_s=2.0)
+    away = config.with_overrides({"ingestion.sources": [{"uri": "kafka://127.0.0.1:1/chats", "format": "kafka",
+                                                         "timeout_s": 2.0}]})  # fmt: skip
+    with pytest.raises(SourceUnavailable):
+        inputs(away)
+    assert inputs(following(away, 1)) == {"sources": [{"uri": "kafka://127.0.0.1:1/chats"}]}

@@ -23,18 +23,23 @@ import pytest
 import zstandard
 
 from app import tables
-from app.config import Config
+from app.config import Config, load
 from app.conversation import content_hash, split_of
-from app.errors import SourceError, StageRefused, TableError
+from app.errors import SourceError, StageRefused, TableChanged, TableError
 from app.ingestion import batch, execution, sample
 from app.ingestion.pipeline import Ingested, ingest
 from app.ingestion.staging import BlockName
 from app.privacy import Detector, mask_messages
 from app.settings.ingestion import PrivacyConfig
+from app.settings.tables import MaintenanceConfig
+from app.table_maintenance import compact
+from app.table_versions import rollback
+from app.versions import TableVersion
 from jobs.ingest import JOB
 from jobs.maintain import JOB as MAINTAIN
 from tests.conftest import ROOT
 from tests.faults import Fault
+from tests.servers.running import free_port
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -574,6 +579,81 @@ def test_the_job_is_up_to_date_with_and_without_its_receipt(
     assert planned["status"] == "up_to_date"
     assert planned["figures"]["plan"]["append_to"][0]["rows"] == first["figures"]["records_kept"]
     assert sorted(Path(store).rglob("*")) == files_before
+
+
+def test_after_a_rollback_the_receipt_of_what_was_left_behind_does_not_count(
+    config_file: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_bytes(as_jsonl(conversations(50)))
+    arguments = ["--config", str(config_file)]
+    arguments += ["--set", f'ingestion.sources=[{{"uri": "{source}", "format": "jsonl"}}]']
+    assert JOB.main(arguments) == 0
+    first = last_line(capsys)["outputs"]["table"]
+    (source / "b.jsonl").write_bytes(as_jsonl(conversations(50, start=50)))
+    assert JOB.main(arguments) == 0
+    second = last_line(capsys)["outputs"]["table"]
+    rollback(load(config_file), TableVersion(**first))
+    assert JOB.main(arguments) == 0
+    line = last_line(capsys)
+    assert line["status"] == "done"
+    assert line["outputs"]["table"]["snapshot_id"] not in (first["snapshot_id"], second["snapshot_id"])
+    assert tables.rows(load(config_file), TableVersion(**line["outputs"]["table"])) == 100
+
+
+def test_a_dry_run_does_not_take_a_catalog_that_is_down_for_an_empty_table(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog = f"storage.catalog_uri=http://127.0.0.1:{free_port()}"
+    assert JOB.main(["--config", str(config_file), "--dry-run", "--set", catalog]) == 1
+    assert "does not answer" in last_line(capsys)["error"]
+
+
+def test_an_ingest_beside_a_compaction_adds_no_row_twice(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is examined is compared with the table as it was opened, whatever maintenance does meanwhile."""
+    source = tmp_path / "in"
+    source.mkdir()
+    config = files(store, {"uri": str(source), "format": "jsonl"})
+    for number in range(3):
+        (source / f"{number}.jsonl").write_bytes(as_jsonl(conversations(20, start=20 * number)))
+        ingest(config)
+    before = held(config)
+    examined, expired = batch._examined, MaintenanceConfig(min_small_files=2, expire_days=1e-9, keep_versions=1)
+
+    def meanwhile(*given: Any) -> Any:
+        made = examined(*given)
+        table = tables.open_table(config.storage, config.ingestion.table)
+        assert compact(config, table, expired).snapshot_id is not None
+        return made
+
+    monkeypatch.setattr(batch, "_examined", meanwhile)
+    again = config.with_overrides({"ingestion.max_messages": 150})  # other settings: all files are read again
+    result = ingest(again)
+    assert not result.added
+    assert result.outcome.duplicates == 60
+    assert len(held(config)) == len(before) == 60
+
+
+def test_an_ingest_whose_history_is_removed_meanwhile_adds_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(conversations(20)))
+    config = files(store, {"uri": str(tmp_path / "a.jsonl"), "format": "jsonl"})
+    ingest(config)
+    examined = batch._examined
+
+    def meanwhile(*given: Any) -> Any:
+        for file in Path(store).rglob("data/*.parquet"):
+            file.unlink()
+        return examined(*given)
+
+    monkeypatch.setattr(batch, "_examined", meanwhile)
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(conversations(30)))
+    with pytest.raises(TableChanged, match="maintenance has removed files"):
+        ingest(config)
 
 
 def test_a_missing_source_ends_the_job_with_1(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,15 +64,16 @@ def test_columns_are_filled_in_as_records_are(settings: dict[str, Any], arrived_
     imputer = Imputer(ImputationConfig(**settings))
     found = [conversation(number, **known) for number, known in enumerate(LACKING)]
     one_by_one = table_of([imputer.fill(entry, arrived_at) for entry in found]).to_pylist()
-    rows, right = filled(table_of(found).drop_columns(["imputed", "masked"]), imputer, arrived_at)
+    arrived = pa.chunked_array([pa.array([arrived_at] * len(found), pa.timestamp("ms", tz="UTC"))])
+    rows, right = filled(table_of(found).drop_columns(["imputed", "masked"]), imputer, arrived)
     assert right.all()
     assert rows.to_pylist() == [{name: row[name] for name in rows.column_names} for row in one_by_one]
 
 
 def test_what_depends_on_the_text_is_left_to_the_imputer() -> None:
     found = [conversation(number, language=language) for number, language in enumerate(("en", None, "de"))]
-    rows, right = filled(
-        table_of(found).drop_columns(["imputed", "masked"]), Imputer(ImputationConfig(languages=("en", "de"))), None
-    )
+    imputer = Imputer(ImputationConfig(languages=("en", "de")))
+    unknown = pa.chunked_array([pa.nulls(len(found), pa.timestamp("ms", tz="UTC"))])
+    rows, right = filled(table_of(found).drop_columns(["imputed", "masked"]), imputer, unknown)
     assert right.tolist() == [True, False, True]
     assert rows["imputed"].to_pylist() == [[], [], []]

@@ -1,6 +1,9 @@
 """The product's own traffic as a source, from a log that was written as serving writes it."""
 
 import json
+import os
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,9 @@ def logged(store: str, *records: Exchange | Feedback, writer: str = "w") -> None
         log.append(record)
 
 
-def config(store: str) -> Config:
-    return Config().with_overrides(
-        {"storage.uri": store, "ingestion.sources": [{"uri": "traffic:", "format": "traffic"}]}
-    )
+def config(store: str, settle_s: float = 0.0) -> Config:
+    source = {"uri": "traffic:", "format": "traffic", "settle_s": settle_s}
+    return Config().with_overrides({"storage.uri": store, "ingestion.sources": [source]})
 
 
 def read(store: str, serving: str = "") -> list[dict[str, Any]]:
@@ -125,3 +127,22 @@ def test_the_log_is_looked_for_where_serving_writes_it(store: str, tmp_path: Pat
     logged(str(tmp_path / "elsewhere"), turn(1, "hello", "hi"))
     assert read(store) == []
     assert len(read(store, serving=str(tmp_path / "elsewhere"))) == 1
+
+
+def test_a_conversation_counts_once_it_has_been_silent_for_a_while(store: str) -> None:
+    now = datetime.now(UTC)
+    logged(
+        store,
+        turn(1, "hello", "hi", received_at=(now - timedelta(minutes=30)).isoformat()),
+        turn(2, "where?", "there", received_at=(now - timedelta(minutes=30)).isoformat()),
+        turn(3, "hello", "hi", "thanks", "bye", received_at=(now - timedelta(minutes=2)).isoformat()),
+    )
+    settings = config(store, settle_s=600)
+    (part,) = parts_of(settings, {})
+    assert part.mark is None, "what waits to be settled would be lost"
+    [(call, _)] = part.reads(settings.ingestion)
+    assert [texts(json.loads(raw)) for piece in call() for raw in piece.raw] == [["where?", "there"]]
+    for file in Path(store).rglob("*.jsonl"):
+        os.utime(file, (time.time() - 3_600,) * 2)
+    (part,) = parts_of(settings, {})
+    assert part.mark is not None

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import struct
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ from app.config import Config
 from app.errors import SourceError
 from app.ingestion import formats
 from app.ingestion.files import glob_expression, read
-from app.ingestion.formats import READERS, Span, pieces, read_avro, read_csv, read_jsonl, read_parquet, read_text
+from app.ingestion.formats import (
+    READERS,
+    Span,
+    pieces,
+    read_arrow,
+    read_avro,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
 from app.ingestion.sources import parts_of, state
 from app.settings.ingestion import ColumnsConfig
 
@@ -72,6 +83,14 @@ def test_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/**/c.*") == ["c.json.zst"]
     assert names(f"{tmp_path}/deep/*/c.json.zst", f"{tmp_path}/b.jsonl") == ["c.json.zst", "b.jsonl"]
     assert names(f"{tmp_path}/notes.txt", format="csv") == ["notes.txt"]
+
+
+def test_a_glob_may_name_folders(tmp_path: Path) -> None:
+    make(tmp_path, "2026-01/a.jsonl", "2026-01/x/b.jsonl.gz", "2026-02/c.jsonl", "2026-02/_SUCCESS", "2025-12/d.jsonl")
+    make(tmp_path, "2026-notes.jsonl", "2026-02/readme.txt")
+    below = ["a.jsonl", "b.jsonl.gz", "c.jsonl"]
+    assert names(f"{tmp_path}/2026-0?/") == names(f"{tmp_path}/2026-0*") == below
+    assert names(f"{tmp_path}/2026-*/*.jsonl") == ["a.jsonl", "c.jsonl"]
 
 
 def test_a_name_may_look_like_a_pattern(tmp_path: Path) -> None:
@@ -355,6 +374,18 @@ def test_an_avro_file_with_a_wrong_byte_is_read_or_refused(place: int, byte: int
     damaged[place % len(damaged)] = byte
     with contextlib.suppress(ValueError):
         list(read_avro(io.BytesIO(bytes(damaged)), PLAIN, 2))
+
+
+@pytest.mark.fault("S13", seen="a byte of the file is another one: read or refused")
+@pytest.mark.parametrize("format", ["arrow file", "arrow stream"])
+def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_unread(format: str, tmp_path: Path) -> None:
+    path = written([{"q": "first", "a": "x"}, {"q": "second", "a": "y"}], format, tmp_path / "data")
+    content = bytearray(path.read_bytes())
+    place = bytes(content).index(struct.pack("<3i", 0, 5, 11))
+    for end in (200, 2**31 - 8):
+        struct.pack_into("<i", content, place + 8, end)
+        with pytest.raises((ValueError, pa.ArrowInvalid), match=r"[Oo]ffset"):
+            list(read_arrow(pa.BufferReader(bytes(content)), ONE_TURN, 10))
 
 
 class Payload:

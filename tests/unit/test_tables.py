@@ -7,6 +7,7 @@ from app import tables
 from app.config import Config
 from app.conversation import SCHEMA, content_hash, split_of
 from app.errors import ConfigError, StageFailed, TableError
+from app.table_versions import tag
 from app.versions import TableVersion
 from tests.table_rows import stage
 
@@ -53,6 +54,8 @@ def test_each_append_is_a_version_and_earlier_ones_stay(config: Config) -> None:
     assert tables.read_local(config, first).num_rows == 2
     assert tables.read_local(config, second).num_rows == tables.rows(config, second) == 3
     assert tables.summary(config, first) == {"rayloop.n": "2"}
+    tag(config, first, "train-2026-11")
+    assert tables.version(config.with_overrides({"inputs.snapshot_id": "train-2026-11"})) == first
     chosen = config.with_overrides({"inputs.snapshot_id": first.snapshot_id})
     assert tables.version(chosen) == first
     assert tables.exists(config, first)
