@@ -7,7 +7,7 @@
                holds: tags move, and a version's old id leads to the new one (see `app.tables`)
     mark       model versions that were trained on such a version: tag `rayloop.forgotten` in the registry
     expire     all versions that show the rows
-    delete     the files that only those needed, named in `forgetting/` before the versions go
+    delete     the files that only those needed, named in `forgetting/` before the versions go; their packed tokens
 
 A run that is killed at any point is continued by running it again. The conversations table comes last: it alone knows
 the texts that the quarantine table is searched for.
@@ -20,13 +20,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from app import catalog, export, lineage, registry
+from app import catalog, export, leftovers, lineage, registry
 from app.config import Config
 from app.errors import TableChanged, TableNotFound
 from app.forget_rewrite import Rewritten, drop_branches, rewrite
 from app.forget_search import Sought, elsewhere, files_of, tells
 from app.settings.tables import MaintenanceConfig
-from app.storage import STAGING, Storage
+from app.storage import PACKED, STAGING, Storage
 from app.table_files import Manifests, batches, delete, stored, used
 from app.table_maintenance import ATTEMPTS, drop, unused
 from app.table_schema import name_of, top_level
@@ -73,6 +73,8 @@ class Outcome:
     """The conversations first."""
     unknown: list[str]
     """Ids that no version of the conversations has."""
+    packs: list[str]
+    """Packed tokens below `packed/` that were removed."""
     out_of_reach: dict[str, Any]
     """What may still tell of the conversations, and what can be done about it."""
 
@@ -103,19 +105,35 @@ def forget(config: Config, ids: Collection[str], settings: MaintenanceConfig, dr
         found.append(_forget_in(config, table, sought, settings, dry_run))
     conversations = found[-1]
     unknown = sorted(sought.ids - conversations.found)
-    return Outcome(found[::-1], unknown, _out_of_reach(config, sought, conversations, found))
+    packs = _packs(config, conversations, dry_run)
+    return Outcome(found[::-1], unknown, packs, _out_of_reach(config, sought, conversations, found, packs))
+
+
+def _packs(config: Config, conversations: Forgotten, dry_run: bool) -> list[str]:
+    """Remove the tokens of versions that are gone, and of preference pairs, which are made anew when they are needed.
+
+    Also where nothing was found: an earlier run may have been killed after the versions had gone.
+    """
+    packs = leftovers.packs_of_versions_gone(config, conversations.expired) + leftovers.packs_of_pairs(config)
+    if not dry_run:
+        for pack in packs:
+            Storage(config.storage.uri).remove(PACKED, pack)
+    return sorted(packs)
 
 
 def _out_of_reach(
-    config: Config, sought: Sought, conversations: Forgotten, found: Sequence[Forgotten]
+    config: Config, sought: Sought, conversations: Forgotten, found: Sequence[Forgotten], packs: Sequence[str]
 ) -> dict[str, Any]:  # fmt: skip
-    table = open_table(config.storage, conversations.table)
-    there = {snapshot.snapshot_id for snapshot in table.snapshots()} - set(conversations.expired)
-    notes = [note for note in export.notes(config) if note["table"] == conversations.table]
-    exports = sorted({note["uri"] for note in notes if note["snapshot_id"] not in there})
+    exports = sorted({uri for entry in found for uri in _exports(config, entry)})
+    location = open_table(config.storage, conversations.table).location()
     places: Counter[str] = Counter(source for source, _ in conversations.places)
     remedies = {
         "models": (conversations.models, "they have learned from the conversations: train again and retire them"),
+        "nodes": (
+            packs,
+            "nodes that trained on these keep copies in their temporary folders for a week: delete blocks-* under "
+            "rayloop-cache-* there, and end runs that still train on them",
+        ),
         "exports": (exports, "files of versions that are gone: delete them or export again"),
         "files": (elsewhere(config, sought), "lines with an id or a text, in logs and reports: edit or delete them"),
         "staged_runs": (
@@ -128,11 +146,19 @@ def _out_of_reach(
             "files that a running ingest may commit: run this again when it has ended",
         ),
         "earlier_object_versions": (
-            [] if table.location().startswith("file://") else [table.location()],
+            [] if location.startswith("file://") else [location],
             "where the bucket keeps versions or has backups, delete them there",
         ),
     }
     return {name: {"what": what, "remedy": remedy} for name, (what, remedy) in remedies.items() if what}
+
+
+def _exports(config: Config, entry: Forgotten) -> set[str]:
+    """What was exported of a table's versions that are gone."""
+    table = open_table(config.storage, entry.table)
+    there = {snapshot.snapshot_id for snapshot in table.snapshots()} - set(entry.expired)
+    notes = [note for note in export.notes(config) if note["table"] == entry.table]
+    return {note["uri"] for note in notes if note["snapshot_id"] not in there}
 
 
 def _forget_in(

@@ -3,16 +3,16 @@
 import html
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs
 
 from app.config import Config
+from app.conversation import id_hash
 from app.storage import Storage
 from app.table_files import Manifests, batches
 from app.table_schema import top_level
@@ -56,13 +56,17 @@ class Sought:
 
     def mask(self, table: "Table") -> tuple[list[str], Mask]:
         """The columns by which rows of a table are known, and what knows them."""
-        there: list[str] = [name for name in ("conversation_id", "raw") if name in top_level(table.schema())]
+        known = top_level(table.schema())
+        there: list[str] = [name for name in ("conversation_id", "id_hash", "raw") if name in known]
         return there, self._mask
 
     def _mask(self, batch: pa.RecordBatch) -> pa.Array:
         known = pa.array([False] * batch.num_rows)
         if "conversation_id" in batch.schema.names:
             known = pc.is_in(batch.column("conversation_id"), pa.array(sorted(self.ids), pa.string()))
+        if "id_hash" in batch.schema.names:
+            hashes = pa.array(sorted(map(id_hash, self.ids)), pa.string())
+            known = pc.or_(known, pc.is_in(batch.column("id_hash"), hashes))
         if "raw" in batch.schema.names:
             known = pc.or_(known, self._told(batch.column("raw")))
         return known
@@ -139,28 +143,32 @@ def _is_stale_manifest(table: "Table", uri: str, sought: Sought, there: set[str]
 
 
 def elsewhere(config: Config, sought: Sought) -> dict[str, int]:
-    """Files of the storage root, outside the tables, that hold an id or a text: how many lines each.
+    """Files outside the tables, of logs and reports, that hold an id or a text: how many lines each.
 
-    Memory: the largest file.
+    Names are below the storage root; URIs where serving logs to another place. Memory: the largest file.
+
+    Raises:
+        StorageError: A place cannot be listed, or a file not be read.
     """
     import polars as pl
 
-    storage = Storage(config.storage.uri)
     ids = _forms(sought.ids)
     texts = [*_forms(sought.messages), *(html.escape(text) for text in sought.messages)]
     found = {}
-    for folder in ELSEWHERE:
-        selector = fs.FileSelector(storage.path(folder), recursive=True, allow_not_found=True)
-        for info in storage.filesystem.get_file_info(selector):
-            if info.type != fs.FileType.File:
-                continue
+    for storage, folder in _logs_and_reports(config):
+        for info in storage.files(folder):
             name = info.path.removeprefix(storage.root_path).lstrip("/")
             lines = pl.Series(storage.read(name).decode(errors="replace").split("\n"), dtype=pl.String)
             likely = lines.filter(lines.str.contains_any([*ids, *texts])).to_list()
             count = sum(any(text in line for text in texts) or mentions(line, ids) for line in likely)
             if count:
-                found[name] = count
+                found[name if storage.root_uri == Storage(config.storage.uri).root_uri else storage.uri(name)] = count
     return found
+
+
+def _logs_and_reports(config: Config) -> Iterator[tuple[Storage, str]]:
+    roots = dict.fromkeys((config.storage.uri, config.serving.storage_uri or config.storage.uri))
+    yield from ((Storage(root), folder) for root in roots for folder in ELSEWHERE)
 
 
 def _forms(texts: Collection[str]) -> list[str]:

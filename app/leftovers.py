@@ -1,10 +1,14 @@
-"""What killed ingests leave in the storage root beside the tables: staged blocks, and marks that no version names.
+"""What jobs leave in the storage root beside the tables when its time is over.
 
-leftovers(config, config.maintenance)     # removed once they are old enough to be nobody's
+leftovers(config, config.maintenance)     # removed once it is old enough to be nobody's
+
+staged blocks of ingests that were killed; marks that no version names; reports and packed tokens of versions that are
+gone.
 """
 
+import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
 
 from pyarrow import fs
 
@@ -12,16 +16,15 @@ from app.config import Config
 from app.errors import TableNotFound
 from app.settings.tables import MaintenanceConfig
 from app.snapshots import SUMMARY_PREFIX, summary_of
-from app.storage import INGESTED, STAGING, Storage
+from app.storage import INGESTED, PACKED, PACKED_MANIFEST, STAGING, Storage
 from app.table_maintenance import Done
 from app.tables import open_table
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+REPORTS = ("reports", "ingest")
 
 
 def leftovers(config: Config, settings: MaintenanceConfig, dry_run: bool = False) -> Done:
-    """Remove staged runs, and documents of marks, that are older than `orphan_hours` and that no version needs.
+    """Remove what is older than `orphan_hours` and what no version needs.
 
     Raises:
         StorageError, TableError: The store or the catalog does not answer; nothing was removed.
@@ -29,21 +32,73 @@ def leftovers(config: Config, settings: MaintenanceConfig, dry_run: bool = False
     storage = Storage(config.storage.uri)
     before_ns = int((time.time() - settings.orphan_hours * 3_600) * 1e9)
     named = set(_named(config))
-    runs = {name: _files(storage, STAGING, name) for name in storage.list(STAGING)}
-    old = {name: files for name, files in runs.items() if all(_is_old(file, before_ns) for file in files)}
-    marks = [file for file in _files(storage, INGESTED) if file.base_name not in named and _is_old(file, before_ns)]
+    folders: list[tuple[str, ...]] = [(STAGING, name) for name in storage.list(STAGING)]
+    folders += [(*REPORTS, name) for name in _reports_of_versions_gone(config)]
+    folders += [(PACKED, name) for name in packs_of_versions_gone(config)]
+    found = {folder: storage.files(*folder) for folder in folders}
+    old = {folder: files for folder, files in found.items() if all(_is_old(file, before_ns) for file in files)}
+    marks = [file for file in storage.files(INGESTED) if file.base_name not in named and _is_old(file, before_ns)]
     gone = [file for files in old.values() for file in files] + marks
     done = Done("", "leftovers", removed=sorted(storage.uri(*_parts(storage, file)) for file in gone))
     done.bytes_freed = sum(file.size for file in gone)
     if not dry_run:
-        for name in old:
-            storage.filesystem.delete_dir(storage.path(STAGING, name))
+        for folder in old:
+            storage.remove(*folder)
         for file in marks:
             storage.filesystem.delete_file(file.path)
     return done
 
 
-def _named(config: Config) -> "Iterator[str]":
+def packs_of_versions_gone(config: Config, going: Collection[int] = ()) -> list[str]:
+    """Names of packed tokens, below `packed/`, of versions of the conversations that are not there any more.
+
+    Args:
+        config: Names the table.
+        going: Ids of versions that count as gone.
+
+    Raises:
+        StorageError, TableError: The store or the catalog does not answer.
+    """
+    storage, name = Storage(config.storage.uri), config.ingestion.table
+    there = _versions(config) - {str(snapshot_id) for snapshot_id in going}
+    made_of = {pack: _made_of(storage, pack) for pack in storage.list(PACKED)}
+    return [
+        pack
+        for pack, version in made_of.items()
+        if version is not None and version.get("table") == name and str(version["snapshot_id"]) not in there
+    ]
+
+
+def packs_of_pairs(config: Config) -> list[str]:
+    """Names of packed preference pairs, which were made of logs and files and not of a version."""
+    storage = Storage(config.storage.uri)
+    return [pack for pack in storage.list(PACKED) if _made_of(storage, pack) == {}]
+
+
+def _made_of(storage: Storage, pack: str) -> dict[str, object] | None:
+    """The version that a pack was made of; empty if of none, None if it is not finished."""
+    if not storage.exists(PACKED, pack, PACKED_MANIFEST):
+        return None
+    found: dict[str, object] = json.loads(storage.read(PACKED, pack, PACKED_MANIFEST)).get("table", {})
+    return found
+
+
+def _reports_of_versions_gone(config: Config) -> list[str]:
+    """Names below `REPORTS`; the report of a batch that was refused is named otherwise, and stays."""
+    there = _versions(config)
+    return [name for name in Storage(config.storage.uri).list(*REPORTS) if name.isdigit() and name not in there]
+
+
+def _versions(config: Config) -> set[str]:
+    """The ids of all versions of the conversations."""
+    try:
+        table = open_table(config.storage, config.ingestion.table)
+    except TableNotFound:
+        return set()
+    return {str(snapshot.snapshot_id) for snapshot in table.snapshots()}
+
+
+def _named(config: Config) -> Iterator[str]:
     """The documents that versions name."""
     for name in (config.ingestion.table, config.ingestion.quarantine_table):
         try:
@@ -52,11 +107,6 @@ def _named(config: Config) -> "Iterator[str]":
             continue
         for snapshot in table.snapshots():
             yield summary_of(snapshot).get(f"{SUMMARY_PREFIX}marks", "")
-
-
-def _files(storage: Storage, *folder: str) -> list[fs.FileInfo]:
-    selector = fs.FileSelector(storage.path(*folder), recursive=True, allow_not_found=True)
-    return [file for file in storage.filesystem.get_file_info(selector) if file.type == fs.FileType.File]
 
 
 def _is_old(file: fs.FileInfo, before_ns: int) -> bool:

@@ -27,7 +27,7 @@ def place(config: Config, uri: str) -> tuple[str, str]:
     if uri.startswith("iceberg:"):
         return place(config, tables.open_table(config.storage, uri.removeprefix("iceberg:")).location())
     if uri.startswith("traffic:"):
-        return place(config, Storage(config.storage.uri).uri("traffic"))
+        return place(config, Storage(config.serving.storage_uri or config.storage.uri).uri("traffic"))
     if uri.startswith("sample:"):
         return "rayloop", uri
     if "://" not in uri:

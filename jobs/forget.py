@@ -28,7 +28,7 @@ def inputs(config: Config) -> dict[str, Any]:
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     """Remove them; running it again finds nothing, or goes on where it was stopped."""
     figures = _forgotten(config, dry_run=False)
-    changed = any(entry["files"] or entry["deleted"] for entry in figures["tables"])
+    changed = figures["packs"] or any(entry["files"] or entry["deleted"] for entry in figures["tables"])
     return Outcome({}, figures, "done" if changed else "up_to_date")
 
 
@@ -44,6 +44,7 @@ def _forgotten(config: Config, dry_run: bool) -> dict[str, Any]:
     outcome = forget(config, lines.keys(), config.maintenance, dry_run)
     return {
         "tables": [_told(asdict(entry)) for entry in outcome.tables],
+        "packs": outcome.packs,
         "unknown_lines": sorted(lines[identity] for identity in outcome.unknown),
         "out_of_reach": outcome.out_of_reach,
     }

@@ -1,16 +1,20 @@
+import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from app import export, table_versions, tables
 from app.config import Config
+from app.conversation import id_hash
 from app.errors import RegistryError, TableChanged, TableError
 from app.forget import Outcome, forget
+from app.ingestion.quarantine import QUARANTINE
 from app.registry import Registry
 from app.settings.tables import ExportConfig
 from app.storage import Storage
 from app.table_maintenance import expire
-from app.versions import TableVersion
+from app.versions import TableVersion, as_json
 from tests import forgettable
 from tests.forgettable import GONE, SETTINGS, STAY, Forgettable, traces
 from tests.table_rows import add, ids, rows, stage, table_of, text
@@ -221,6 +225,37 @@ def test_places_that_still_tell_of_them_are_named(made: Forgettable) -> None:
     assert told["files"] == {"traffic/a": 1, "reports/ingest/report.html": 1}
     assert told["sources"] == {"file:///in.jsonl": 4}
     assert all(entry["remedy"] for entry in outcome.out_of_reach.values())
+
+
+def test_tokens_made_of_versions_that_are_gone_go_with_them(made: Forgettable, store: str) -> None:
+    storage = Storage(store)
+    others = {"table": "support.others", "snapshot_id": made.free.snapshot_id}
+    of = {"gone": as_json(made.free), "trained": as_json(made.learned), "others": others, "pairs": None}
+    for name, table in of.items():
+        manifest = {"folder": "x"} | ({} if table is None else {"table": table})
+        storage.write(json.dumps(manifest).encode(), "packed", name, "packed.json")
+        storage.write(b"tokens", "packed", name, "x", "blocks", "0.parquet")
+    storage.write(b"tokens", "packed", "being made", "x", "blocks", "0.parquet")
+    planned = forget(made.config, GONE, SETTINGS, dry_run=True)
+    assert storage.list("packed") == sorted([*of, "being made"])
+    outcome = forget(made.config, GONE, SETTINGS)
+    assert outcome.packs == planned.packs == ["gone", "pairs", "trained"]
+    assert storage.list("packed") == ["being made", "others"]
+    assert outcome.out_of_reach["nodes"]["what"] == outcome.packs
+
+
+def test_a_refused_record_is_found_by_its_id_whatever_is_left_of_its_text(made: Forgettable, store: str) -> None:
+    quarantine = tables.open_table(made.config.storage, made.config.ingestion.quarantine_table)
+    row = {
+        "source": "file:///in.jsonl", "position": 9, "reason": "too_long_message", "detail": "", "raw": '{"a": [',
+        "raw_bytes": 9_000, "refusal_hash": "9" * 64, "id_hash": id_hash(GONE[0]),
+    }  # fmt: skip
+    content = pa.Table.from_pylist([row, row | {"position": 10, "id_hash": id_hash("another")}], schema=QUARANTINE)
+    tables.append(quarantine, [stage(quarantine, content, "by-id")], {})
+    forget(made.config, GONE, SETTINGS)
+    quarantine.refresh()
+    assert 10 in (left := quarantine.scan().to_arrow()["position"].to_pylist())
+    assert 9 not in left
 
 
 def test_nothing_is_removed_while_the_registry_cannot_be_asked(made: Forgettable, store: str) -> None:

@@ -1,5 +1,6 @@
 """What killed ingests leave behind, and what must not be taken for it."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -40,3 +41,21 @@ def test_old_staged_runs_and_marks_that_no_version_names_go(store: str) -> None:
     assert forgotten[marks.DOCUMENT] not in left
     assert len(left) == 2  # the young one may be committed yet
     assert leftovers(config, config.maintenance).removed == []
+
+
+def test_old_reports_and_tokens_of_versions_that_are_gone_go(store: str) -> None:
+    config = Config().with_overrides({"storage.uri": store})
+    storage = Storage(store)
+    table = tables.open_table(config.storage, config.ingestion.table, pa.schema([("conversation_id", pa.string())]))
+    kept = tables.append(table, [], {})
+    for name in (str(kept), "17", "refused-abc"):
+        storage.write(b"<html>", "reports", "ingest", name, "report.html")
+    for name, snapshot_id in (("there", kept), ("gone", 17)):
+        manifest = json.dumps({"table": {"table": config.ingestion.table, "snapshot_id": snapshot_id}})
+        storage.write(manifest.encode(), "packed", name, "packed.json")
+    assert leftovers(config, config.maintenance).removed == [], "they are young"
+    for folder in ("reports", "packed"):
+        aged(Path(store) / folder, 48)
+    assert len(leftovers(config, config.maintenance).removed) == 2
+    assert storage.list("reports", "ingest") == sorted([str(kept), "refused-abc"])
+    assert storage.list("packed") == ["there"]
