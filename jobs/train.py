@@ -26,11 +26,18 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
 
 
 def inputs(config: Config) -> dict[str, Any]:
-    """The table version to train on, and the registered version to start from if the base model is one."""
+    """The table version to train on; the registered version to start from if the base model is one, and what
+    preference pairs there are, where these are learned from."""
     from app.training.base_model import registered
 
-    base = registered(config)
-    return {"table": as_json(tables.version(config)), **({"base_model": as_json(base)} if base else {})}
+    found: dict[str, Any] = {"table": as_json(tables.version(config))}
+    if base := registered(config):
+        found["base_model"] = as_json(base)
+    if config.training.objective == "dpo":
+        from app.training.preference_blocks import pairs_digest
+
+        found["pairs"] = pairs_digest(config)
+    return found
 
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ FEWEST_OF_LONGEST = 0.8
 
 MOST_DIRECT_TOKENS = 512
 """Of a conversation whose scores are held in memory on a CPU, until the backward pass."""
+CHECKED_TOKENS, CHECK_TOLERANCE = 8, 1e-2
 CHUNK_BYTES = 2**20
 """Of scores that are computed at a time: what a core's cache holds."""
 
@@ -187,6 +188,46 @@ def knows(model: Any) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     return config.model_type in MODEL_TYPES and kinds == {"full_attention"} and window is None
+
+
+def check(model: Any, training: TrainingConfig) -> None:
+    """Refuse a model in which conversations of one block would see each other.
+
+    Where attention is computed with a mask, transformers makes it from the position ids; some models (OPT, Falcon)
+    take these and make none.
+
+    Raises:
+        ModelError: What follows in a block is not what it would be alone.
+    """
+    if training.attention in ("varlen", "flash", "flex") or (training.attention == "auto" and knows(model)):
+        return  # they are given where conversations begin
+    ids_t = torch.arange(2 * CHECKED_TOKENS).remainder(model.get_input_embeddings().num_embeddings)
+    positions_t = torch.arange(2 * CHECKED_TOKENS).remainder(CHECKED_TOKENS)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed, alone = (
+                model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, -CHECKED_TOKENS:]
+                for ids, positions in (
+                    (ids_t, positions_t), (ids_t[CHECKED_TOKENS:], positions_t[CHECKED_TOKENS:]),
+                )
+            )  # fmt: skip
+    except TypeError as error:
+        raise ModelError(
+            f"{training.base_model} ({model.config.model_type}) takes no position ids ({error}), so conversations "
+            "cannot be packed for it",
+            f"train one of {', '.join(MODEL_TYPES)}",
+        ) from None
+    finally:
+        model.train(was_training)
+    apart = float((packed.float() - alone.float()).abs().max())
+    if not apart <= CHECK_TOLERANCE * max(1.0, float(alone.float().abs().max())):
+        raise ModelError(
+            f"in {training.base_model} ({model.config.model_type}) conversations that are packed into one block see "
+            f"each other: a logit differs by {apart:.3g} from the conversation alone",
+            f"train one of {', '.join(MODEL_TYPES)}",
+        )
 
 
 def use(model: Any, training: TrainingConfig) -> None:

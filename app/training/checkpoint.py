@@ -235,13 +235,25 @@ def damaged(folder: Path) -> str | None:
     try:
         workers = state(folder)["workers"]
         for rank in range(workers):
-            for line in (folder / f"sha256-{rank}").read_text().splitlines():
-                expected, _, path = line.partition("  ")
+            lines = [line.partition("  ") for line in (folder / f"sha256-{rank}").read_text().splitlines()]
+            listed = {path for _, _, path in lines}
+            if not listed >= _written_by(rank) or (rank == 0 and not any(map(_is_of_model, listed))):
+                return f"sha256-{rank} has lost lines"
+            for expected, _, path in lines:
                 if _sha256(folder / path) != expected:
                     return f"{path} has changed since it was written"
     except (OSError, ValueError, KeyError) as error:
         return str(error)
     return None
+
+
+def _written_by(rank: int) -> set[str]:
+    """Files that a worker's part has at least."""
+    return {f"state/pieces-{rank:05d}.safetensors"} | ({"state.json"} if rank == 0 else set())
+
+
+def _is_of_model(path: str) -> bool:
+    return path.startswith(("model/", f"{adapters.FOLDER}/")) and path.endswith(".safetensors")
 
 
 def _sha256(file: Path) -> str:

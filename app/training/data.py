@@ -30,8 +30,8 @@ from pyarrow.fs import FileSystem
 from app import cluster, conversation, tables, tokenization
 from app import model as models
 from app.config import Config
-from app.errors import StageFailed
-from app.storage import Storage, local_folder
+from app.errors import StageFailed, StorageError
+from app.storage import PACKED_MANIFEST, UNUSED_S, Storage, local_folder, node_cache
 from app.training import packing
 from app.training.base_model import is_remote, source
 from app.training.packing import Blocks, fill
@@ -47,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_CONVERSATIONS = 10_000
 """Conversations the BPE merges are learned from: more no longer changed the tokens per message."""
-MANIFEST = "packed.json"
-UNUSED_S = 7 * 86_400
-"""After so long a node forgets blocks that nobody asks for."""
+MANIFEST = PACKED_MANIFEST
 _CODE = tuple(Path(file) for file in (__file__, packing.__file__, conversation.__file__, tokenization.__file__))
 PARQUET = {"compression": "lz4", "use_dictionary": False}
 """How packed blocks are written: 33 ms for 12 MB where pyarrow's defaults take 51 ms, and read back faster."""
+BLOCK_BYTES = 16 << 20
+"""Of packed blocks, or of conversations, that a packing task works on at a time."""
 ROW_GROUP_BLOCKS = 4_096
 """Blocks in memory at a time while a node lays them out."""
 
@@ -103,6 +103,8 @@ def blocks(config: Config, table: TableVersion, tokenizer: "PreTrainedTokenizerB
 
     start_at_once()
     dataset = tables.read(config, table, ["messages"], split)
+    # Between reading, packing and writing Ray Data gathers blocks of this size, and joins them.
+    dataset.context.target_max_block_size = BLOCK_BYTES
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ray.data.ExecutionResources(cpu=cluster.cpus())
@@ -222,15 +224,20 @@ def mapped(packed: Packed) -> dict[str, np.ndarray]:
     Workers of a node share them; the first one to ask lays them out.
     """
     name = hashlib.sha256(packed.uri.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "rayloop-cache" / f"blocks-{name}"
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # conversations, in a folder that all may enter
+    folder = node_cache() / f"blocks-{name}"
     with _alone(folder.with_suffix(".lock")):
         if not folder.is_dir():
             _clean(folder.parent)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
             partial.mkdir()
-            _lay_out(packed, partial)
+            try:
+                _lay_out(packed, partial)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise StorageError(
+                    f"cannot lay out {packed.uri} under {folder.parent} ({error})", "make room there"
+                ) from error
             os.replace(partial, folder)
         os.utime(folder)
     return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in sorted(folder.glob("*.npy"))}
@@ -262,10 +269,18 @@ def _lay_out(packed: Packed, folder: Path) -> None:
                     matrix = _matrix(values)
                     if name not in columns:
                         shape = (packed.blocks, matrix.shape[1])
-                        columns[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", matrix.dtype, shape)
+                        columns[name] = _map_of(folder / f"{name}.npy", matrix.dtype, shape)
                     columns[name][row : row + len(matrix)] = matrix
                 row += len(batch)
     assert row == packed.blocks, f"{packed.uri} holds {row} blocks, its manifest says {packed.blocks}"
+
+
+def _map_of(file: Path, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
+    """A new array in a file whose room on the disk is there: writing to one without it would end the process."""
+    made = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return made
 
 
 def _matrix(column: Any) -> np.ndarray:

@@ -52,7 +52,8 @@ def reward_margins(model: Any, batch: Batch, beta: float) -> torch.Tensor:
     # A pair has at least one learned token on each side, so that numbering those there are loses none.
     _, place_l = torch.unique(block_l * (learned_bt.shape[1] + 1) + pair_l.abs(), return_inverse=True)
     pairs = int(place_l.max()) + 1 if len(place_l) else 0
-    difference_p = torch.zeros(pairs, device=learned_bt.device)
+    # Its type is said: while a checkpoint is looked at, the process's default may be another one.
+    difference_p = torch.zeros(pairs, dtype=torch.float32, device=learned_bt.device)
     return beta * difference_p.index_add(0, place_l, pair_l.sign() * (logps_l - reference_l))
 
 

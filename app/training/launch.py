@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app import model as models
 from app.config import Config, TrainingConfig
-from app.errors import ClusterError, RayloopError, StageFailed
+from app.errors import ClusterError, ModelError, RayloopError, StageFailed
 from app.storage import Storage
-from app.training import adapters, checkpoint, data, preference_blocks
+from app.training import adapters, attention, checkpoint, data, loss, preference_blocks
 from app.training.base_model import source
 from app.training.worker import Board, Event, WorkerSettings, work
 from app.versions import TableVersion
@@ -121,8 +122,16 @@ def check_base_model(config: Config) -> None:
     else:
         place = source(base_model)
         model = adapters.load_base(config.training, place)
+        loss.check(model)
+        attention.check(model, config.training)
+        tokenizer = models.load_tokenizer(place)
         if config.training.method == "lora":
-            adapters.check(config.training, model, models.load_tokenizer(place))
+            adapters.check(config.training, model, tokenizer)
+        elif config.training.objective == "dpo" and tokenizer.chat_template is None:
+            raise ModelError(
+                f"{base_model} has no chat template, so replies cannot be compared as it would write them",
+                "train it on conversations first (training.objective=sft), or use one with a template",
+            )
 
 
 def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
@@ -131,12 +140,7 @@ def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
     Raises:
         ClusterError: Saying what is needed and what there is.
     """
-    needed = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if training.use_gpu else {})}
-    room = sum(
-        int(min(node["Resources"].get(kind, 0.0) // amount for kind, amount in needed.items()))
-        for node in ray.nodes()
-        if node["Alive"]
-    )
+    needed, room = _needed(training), room_for_workers(training)
     workers = training.min_workers * groups
     if room < workers:
         there = ray.cluster_resources()
@@ -145,6 +149,21 @@ def check_cluster(training: TrainingConfig, groups: int = 1) -> None:
             f"{_listed({kind: there.get(kind, 0.0) for kind in needed})}, room for {room}",
             "lower training.num_workers or training.cpus_per_worker, or add nodes",
         )
+
+
+def room_for_workers(training: TrainingConfig) -> int:
+    """How many workers the cluster's nodes can hold, with nothing else on them."""
+    needed = _needed(training)
+    return sum(
+        int(min(node["Resources"].get(kind, 0.0) // amount for kind, amount in needed.items()))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def _needed(training: TrainingConfig) -> dict[str, float]:
+    """What a worker reserves."""
+    return {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if training.use_gpu else {})}
 
 
 @contextmanager
@@ -159,16 +178,24 @@ def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
     stop = threading.Event()
     failures: list[Exception] = []
 
-    def listen() -> None:
+    def tell(event: Event) -> None:
         try:
-            last = False
-            while not last:
-                last = stop.wait(POLL_S)
-                for event in ray.get(board.drain.remote()):
-                    report(event)
-                report({"kind": "tick"})
-        except Exception as error:  # it belongs to whoever waits for the training
+            report(event)
+        except Exception as error:  # one that is not told must not cost those that come after it
+            logger.warning("an event of kind %s was not recorded (%s)", event["kind"], error)
             failures.append(error)
+
+    def listen() -> None:
+        last = False
+        while not last:
+            last = stop.wait(POLL_S)
+            try:
+                events = ray.get(board.drain.remote())
+            except RayError as error:
+                failures.append(error)
+                return
+            for event in [*events, {"kind": "tick"}]:
+                tell(event)
 
     thread = threading.Thread(target=listen, name="training-events", daemon=True)
     thread.start()
@@ -179,7 +206,7 @@ def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
         thread.join(timeout=30)
         ray.kill(board)
     if failures:
-        raise failures[0]
+        logger.error("%d events of the training were not recorded, the first since %s", len(failures), failures[0])
 
 
 def _explained(error: Any, training: TrainingConfig) -> RayloopError:

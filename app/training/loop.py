@@ -87,7 +87,7 @@ def run(
     position = checkpoint.restore(engine, resume) if resume else Position()
     stream = _Stream(take, training, position.blocks)
     losses = _Losses(training)
-    notice = _Notice(hooks, position.step)
+    notice = _Notice(hooks, position.step, engine.device)
     meter = _Meter(position)
     usage = Utilisation(engine, training) if dist.get_rank() == 0 else None
     while position.step < training.max_steps:
@@ -241,40 +241,56 @@ class Computed:
         # them under ZeRO 3.
         takes_mean = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
         self._parts = self.group.size if self.group.splits_blocks and takes_mean else 1
+        # ZeRO does so by itself, and in bf16 DeepSpeed's own optimizer.
+        self._looks_at_gradients = not hasattr(engine.optimizer, "overflow")
 
     def step(self, stream: Iterator[Batch], micro_batches: int, good: Callable[[float], bool]) -> Done:
         """One optimizer step, unless its loss is not good.
 
-        Where the loss is a number and its gradient is none, DeepSpeed takes no step either: that loss is then nan.
+        Every learned token of a step counts as much, whichever micro batch and worker it is in; so does every
+        preference pair of a micro batch. Where the loss is a number and its gradient is none, no step is taken either:
+        that loss is then nan.
         """
         losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        tokens, waited_s, began_s = 0, 0.0, time.monotonic()
-        for last in range(1 - micro_batches, 1):
-            asked_s = time.monotonic()
-            batch = next(stream)
-            waited_s += time.monotonic() - asked_s
-            mean = self._mean_loss(batch)
+        tokens, began_s = 0, time.monotonic()
+        batches = [next(stream) for _ in range(micro_batches)]
+        waited_s = time.monotonic() - began_s
+        share = self._share(batches)
+        for left, batch in zip(range(micro_batches - 1, -1, -1), batches, strict=True):
+            mean = self._mean_loss(batch, share)
             self.engine.backward(mean * self._parts)
             losses += mean.detach()
             tokens += tokens_in(batch["position_ids"])
-            if last < 0:
+            if left:
                 self.engine.step()
         dist.all_reduce(losses)
         copies = 1 if self.group.splits_blocks else self.group.size
         found = float(losses) / micro_batches / self.group.groups / copies
-        if good(found):
+        if not good(found):
+            _discard(self.engine)
+        elif self._looks_at_gradients and not _are_finite(self.engine.module):
+            _discard(self.engine)
+            found = math.nan
+        else:
             self.engine.step()
             found = math.nan if getattr(self.engine.optimizer, "overflow", False) else found
-        else:
-            _discard(self.engine)
         return Done(found, tokens, time.monotonic() - began_s, waited_s)
 
-    def _mean_loss(self, batch: Batch) -> torch.Tensor:
-        """This worker's part of the mean over the learned tokens of a batch, or over its preference pairs."""
+    def _share(self, batches: list[Batch]) -> float:
+        """What the sum over a micro batch's tokens is multiplied with, so that the mean over micro batches and groups,
+        which DeepSpeed takes, is the mean over all learned tokens of the step."""
+        if self._beta is not None:
+            return 1.0
+        learned = sum(int((batch["labels"][:, 1:] != NOT_LEARNED).sum()) for batch in batches)
+        counted = torch.tensor(learned, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(counted)
+        return len(batches) * self.group.groups * self.group.size / max(1.0, float(counted))
+
+    def _mean_loss(self, batch: Batch, share: float) -> torch.Tensor:
+        """This worker's part of a micro batch's loss: see `step`."""
         if self._beta is not None:
             return dpo.loss(self.engine, batch, self._beta)
-        total, learned = self.loss(batch)
-        return total / max(1, learned)
+        return self.loss(batch)[0] * share
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """This worker's part of the sum over the learned tokens of a batch, and how many there are in all of it."""
@@ -296,6 +312,12 @@ class Computed:
         self.engine.train()
         dist.all_reduce(sums)  # a group's sums count as often as it has workers, in both
         return float(sums[0] / sums[1])
+
+
+def _are_finite(model: Any) -> bool:
+    """Whether all gradients are numbers; the same on every worker, since they have been averaged."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()) if gradients else True
 
 
 def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> None:
@@ -410,8 +432,8 @@ class _Losses:
 class _Notice:
     """Whether it was said that the node of a worker is about to go: asked about every NOTICE_INTERVAL_S, told once."""
 
-    def __init__(self, hooks: Hooks, step: int) -> None:
-        self._preempted = hooks.preempted
+    def __init__(self, hooks: Hooks, step: int, device: Any) -> None:
+        self._preempted, self._device = hooks.preempted, device
         self._told = False
         self._step = self._next = step + 1
         self._asked_s = time.monotonic()
@@ -422,7 +444,7 @@ class _Notice:
             return False
         step_s = (time.monotonic() - self._asked_s) / max(1, step - self._step)
         # The workers ask together, so one of them says when.
-        after = torch.tensor(max(1, round(NOTICE_INTERVAL_S / max(1e-4, step_s))))
+        after = torch.tensor(max(1, round(NOTICE_INTERVAL_S / max(1e-4, step_s))), device=self._device)
         dist.broadcast(after, 0)
         self._step, self._next, self._asked_s = step, step + int(after), time.monotonic()
         self._told = self._preempted()

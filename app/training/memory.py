@@ -41,6 +41,9 @@ class Memory:
     """Libraries."""
     kept_free: int
     """Freed, and not given back to the system."""
+    checkpoint: int
+    """On worker 0, whatever it computes on always of the machine's memory, while a checkpoint is written beside the
+    next steps: its pieces, a copy of the model, and the model that is loaded again and scored."""
 
     @property
     def peak(self) -> int:
@@ -49,7 +52,7 @@ class Memory:
         return always + max(self.activations + self.head, self.gradients + self.update)
 
     def to_json(self) -> dict[str, int]:
-        """The parts, and their peak."""
+        """The parts, and their peak, which a checkpoint comes on top of."""
         return {**asdict(self), "peak": self.peak}
 
 
@@ -92,6 +95,7 @@ def predict(model: Any, training: TrainingConfig) -> Memory:
         activations=round(activations),
         head=round(_head(model, training)),
         runtime=0 if on_gpu else RUNTIME_BYTES,
+        checkpoint=round(_checkpoint(training, trained, moments, shards, number * (sum(sizes) / parts))),
         kept_free=0 if on_gpu else round(KEPT_FREE_SHARE * activations + (KEPT_FREE_BYTES * trained) * (stage == 3)),
     )
 
@@ -103,6 +107,12 @@ def _held_in_update(training: TrainingConfig, trained: float, largest: int, shar
     # torch's AdamW makes two tensors of the size of each it updates; ZeRO's shares are one tensor each.
     made = 0 if training.adam_kernel != "torch" else 2 * (share if training.zero_stage else largest)
     return gradients + made
+
+
+def _checkpoint(training: TrainingConfig, trained: float, moments: float, shards: int, model_bytes: float) -> float:
+    """What app/training/checkpoint.py holds on worker 0: of adapters no copy of the base."""
+    pieces = FP32_BYTES * (trained + moments) / shards
+    return pieces + (2 * model_bytes if training.method == "full" else 0)
 
 
 def _is_muons(name: str, weight: Any) -> bool:
@@ -119,6 +129,8 @@ def _head(model: Any, training: TrainingConfig) -> int:
     words, width = map(int, model.get_output_embeddings().weight.shape)
     number = _number_bytes(training)
     tokens = training.micro_batch_size * training.block_tokens
+    if training.objective == "dpo":  # which looks at all logits at once: as they come, in fp32, and their gradients
+        return 2 * tokens * words * (FP32_BYTES + number)
     chunk = min(tokens, training.logits_tokens)
     logits = chunk * words * (FP32_BYTES + number)
     learns = model.get_output_embeddings().weight.requires_grad

@@ -44,6 +44,8 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
     table_tokens = round(float(np.mean(lengths)) * rows)
     step_tokens = training.blocks_per_step * training.block_tokens
     name = run_name(config, table)
+    # How many tokens preference pairs have is known once they are packed.
+    of_table = training.objective == "sft"
     return {
         "read": {"table": str(table), "conversations": rows, "tokens": table_tokens},
         "start_from": start_from,
@@ -52,7 +54,7 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
         "zero_stage": training.zero_stage,
         "steps": training.max_steps,
         "tokens": training.max_steps * step_tokens,
-        "epochs": round(training.max_steps * step_tokens / max(1, table_tokens), 2),
+        "epochs": round(training.max_steps * step_tokens / max(1, table_tokens), 2) if of_table else "not known",
         **_needs(training, tokenizer),
         "write": {
             "blocks": storage.uri("packed", data.data_digest(config, table)),
@@ -74,7 +76,8 @@ def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
     try:
         with probe.Workers(training) as workers:
             found["available_bytes"] = workers.available_bytes()
-            found["fits"] = needed.peak <= found["available_bytes"]
+            on_top = 0 if training.use_gpu else needed.checkpoint
+            found["fits"] = needed.peak + on_top <= found["available_bytes"]
             if not found["fits"]:
                 return found | {"time": "not measured: the workers do not fit into memory"}
             if training.objective == "dpo":

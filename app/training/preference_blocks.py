@@ -7,6 +7,7 @@ from. It is asked once, before training; with adapters that is the model with it
 
 import io
 import json
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from app.versions import TableVersion, code_version, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,12 +137,19 @@ def _make(config: Config, table: TableVersion, pairs: Sequence[Pair]) -> dict[st
     _, tokenizer = data.prepare(config, table)
     fraction = config.ingestion.validation_fraction
     split: dict[str, list[Sides]] = {"train": [], "validation": []}
-    longest = 0
+    longest = left_out = 0
     for pair in pairs:
         sides = tokens_of(tokenizer, pair)
         longest = max(longest, len(sides))
         if len(sides) <= training.block_tokens:
             split[split_of(pair.key, fraction)].append(sides)
+        else:
+            left_out += 1
+    if left_out:
+        logger.warning(
+            "%d of %d preference pairs are left out: blocks have %d tokens, the longest pair %d",
+            left_out, len(pairs), training.block_tokens, longest,
+        )  # fmt: skip
     for name, remedy in (
         ("train", "raise training.block_tokens"),
         ("validation", "raise ingestion.validation_fraction"),

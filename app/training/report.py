@@ -118,10 +118,15 @@ def card(config: Config, made: Lineage, figures: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not training.base_model.startswith("preset:"):
         front["base_model"] = training.base_model
+    on_pairs = training.objective == "dpo"
+    unit = "nats a preference pair" if on_pairs else "nats a token"
+    learned = "preference pairs and measured on support conversations" if on_pairs else "support conversations"
     measured = [
-        ("validation loss, nats a token", figures["validation_loss"]),
-        ("perplexity", figures["perplexity"]),
-        ("training loss, nats a token", figures["training_loss"]),
+        (f"validation loss, {unit}", figures["validation_loss"]),
+        ("perplexity on conversations", figures["perplexity"]),
+        (f"training loss, {unit}", figures["training_loss"]),
+        ("margin of rewards on held-out pairs", figures.get("reward_margin")),
+        ("held-out pairs whose chosen reply is preferred", figures.get("reward_accuracy")),
         ("tokens learned from", figures["tokens"]),
         ("steps", figures["steps"]),
         ("accuracy of the intent model beside it", figures.get("intent_accuracy")),
@@ -131,7 +136,7 @@ def card(config: Config, made: Lineage, figures: Mapping[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {made.model}\n",
-        f"A chat model that began as {_start(training.base_model)} and was trained on support conversations by run "
+        f"A chat model that began as {_start(training.base_model)} and was trained on {learned} by run "
         f"{_code(made.run_id)} on {made.created_at}.\n",
         "## Data\n",
         f"Version {made.snapshot_id} of table {_code(made.table)}: {figures['conversations']:,} conversations, of "

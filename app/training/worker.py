@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import telemetry
 from app.config import Config, TrainingConfig
-from app.errors import StageFailed, StorageError
+from app.errors import ModelError, RayloopError, StageFailed, StorageError
 from app.storage import Storage
 from app.training import adapters, checkpoint, data
 from app.training.base_model import source
@@ -31,6 +31,7 @@ STEP_METRICS = {
     "tokens_per_s": telemetry.TRAINING_TOKENS_PER_SECOND,
     "mfu": telemetry.TRAINING_MFU,
     "memory_bytes": telemetry.TRAINING_MEMORY,
+    "data_stall_fraction": telemetry.TRAINING_DATA_STALL,
 }
 """What of a step's event is a gauge."""
 
@@ -49,7 +50,7 @@ class WorkerSettings:
     """Preference pairs, which take the place of `packed` as what is learned from."""
 
 
-def work(given: WorkerSettings) -> StageFailed | None:
+def work(given: WorkerSettings) -> RayloopError | None:
     """What each Ray Train worker runs. Returns why the run ends early where starting again would not help."""
     import ray.train
 
@@ -74,7 +75,7 @@ def work(given: WorkerSettings) -> StageFailed | None:
                 resume,
                 preferences=data.read_validation(given.pairs) if given.pairs else None,
             )
-        except StageFailed as failure:
+        except (StageFailed, ModelError) as failure:
             return failure
         finally:
             tell.wait()
@@ -121,6 +122,8 @@ def work_alone(
 
 def start_model(training: TrainingConfig, tokenizer: Any) -> Any:
     """The model that training starts from, in training mode; its adapters are attached if those are trained."""
+    import torch
+
     from app import model as models
 
     model: Any
@@ -130,6 +133,7 @@ def start_model(training: TrainingConfig, tokenizer: Any) -> Any:
         model = adapters.load_base(training, source(training.base_model))
         embeddings: Any = model.get_input_embeddings()
         if len(tokenizer) > embeddings.num_embeddings:
+            torch.manual_seed(training.seed)  # the new ones are drawn by chance
             model.resize_token_embeddings(len(tokenizer))
         if training.method == "lora":
             model = adapters.attach(model, training)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 from app import lineage, tables
@@ -144,6 +145,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     fault.recovered()
     assert starts(heard) == [50]
     assert reports(heard)[STEPS] == pytest.approx(unbroken[STEPS], abs=1e-6)
+
+
+def test_a_checkpoint_whose_digests_were_lost_is_passed_over(
+    config: Config, table: TableVersion, unbroken: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut may leave files of no bytes behind: the pieces, and with them what would have told."""
+    source = Path(Storage(config.storage.uri).path("checkpoints", "unbroken"))
+    shutil.copytree(source, source.parent / "emptied")
+    older, newest = checkpoints(config, "emptied")
+    for name in ("sha256-1", "state/pieces-00001.safetensors"):
+        (newest / name).write_bytes(b"")
+    found = checkpoint.newest_whole(Storage(config.storage.uri), "checkpoints/emptied")
+    assert found is not None
+    assert found.endswith(older.name)
+    assert "sha256-1 has lost lines" in caplog.text
+
+
+def test_an_event_that_cannot_be_recorded_costs_no_other(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[int] = []
+
+    def report(event: Event) -> None:
+        if event["kind"] == "step":
+            if event["step"] == 2:
+                raise OSError("the store is away")
+            heard.append(event["step"])
+
+    with launch._listening(report) as board:
+        for step in range(1, 5):
+            ray.get(board.post.remote({"kind": "step", "step": step}))
+    assert heard == [1, 3, 4]
+    assert "the store is away" in caplog.text
 
 
 LAUNCHERS = {

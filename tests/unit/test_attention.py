@@ -7,12 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -152,3 +156,24 @@ def test_layers_that_are_told_no_positions_are_not_mistaken() -> None:
     part = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ModelError, match="does not say where conversations end"):
         attention.varlen(torch.nn.Identity(), part, part, part, None)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MASKLESS = {
+    "opt": (OPTForCausalLM, OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)),
+    "falcon": (FalconForCausalLM, FalconConfig(**SMALL, new_decoder_architecture=False, multi_query=True)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKLESS)
+def test_a_model_whose_packed_conversations_would_see_each_other_is_refused(kind: str) -> None:
+    build, config = MASKLESS[kind]
+    with pytest.raises(ModelError, match="see each other"):
+        attention.check(build(config), AUTO)
+
+
+def test_models_that_make_a_mask_from_positions_are_not_refused() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    attention.check(gpt2, AUTO)
+    build, config = KINDS["llama"]
+    attention.check(build(config), Config().with_overrides({"training.attention": "sdpa"}).training)

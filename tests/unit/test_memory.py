@@ -68,3 +68,9 @@ def test_peak_is_of_the_forward_pass_or_of_the_update(tokenizer: Any) -> None:
     always = found.runtime + found.kept_free + found.weights + found.optimizer_states
     assert found.peak == always + max(found.activations + found.head, found.gradients + found.update)
     assert found.to_json()["peak"] == found.peak
+
+
+def test_a_checkpoint_is_pieces_a_copy_and_the_model_that_is_loaded_again(tokenizer: Any) -> None:
+    """With AdamW on two workers 12 / 2 bytes a weight of pieces, and 2 + 2 of the model in bf16."""
+    found = predicted(tokenizer, zero_stage=1, precision="bf16", num_workers=2)
+    assert found.checkpoint == pytest.approx((12 / 2 + 4) * weights(tokenizer), rel=0.01)

@@ -14,6 +14,8 @@ from app.errors import SourceError, StageFailed
 from app.preferences import Pair, collect, of_exchanges, parse, rated
 from app.storage import Storage
 from app.traffic import Exchange, Feedback, TrafficLog, new_writer
+from app.versions import TableVersion
+from jobs.train import inputs
 
 QUESTION: list[Message] = [{"role": "user", "content": "Where is my order?"}]
 
@@ -145,3 +147,12 @@ def test_too_many_broken_records_stop_it_and_few_are_left_out(store: str, tmp_pa
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(SourceError, match="cannot read preference pairs"):
         collect(config(store, str(tmp_path / "bad.parquet")))
+
+
+def test_new_feedback_is_another_input_of_training(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.tables.version", lambda config: TableVersion("support.conversations", 1))
+    logged(store, exchange(1, "On Tuesday."), exchange(2, "No idea."), feedback(1, 1), feedback(2, -1))
+    before = inputs(config(store))
+    assert before == inputs(config(store))
+    logged(store, exchange(3, "Who knows."), feedback(3, -1))
+    assert inputs(config(store))["pairs"] != before["pairs"]
