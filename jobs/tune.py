@@ -9,20 +9,26 @@ from typing import Any
 from app import tables
 from app.config import Config
 from app.job import Job, Outcome
-from app.versions import TableVersion, as_json
+from app.versions import ModelVersion, TableVersion, as_json
 
 
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     """Search, going on with an earlier attempt's trials."""
     from app.tuning.search import tune
 
+    if "base_model" in inputs:
+        base = ModelVersion(**inputs["base_model"])
+        config = config.with_overrides({"training.base_model": f"models:/{base.model}/{base.version}"})
     tuned = tune(config, TableVersion(**inputs["table"]))
     return Outcome({"overrides": tuned.overrides}, tuned.figures)
 
 
 def inputs(config: Config) -> dict[str, Any]:
-    """The table version that trials train on."""
-    return {"table": as_json(tables.version(config))}
+    """The table version that trials train on, and the registered version they start from if the base model is one."""
+    from app.training.base_model import registered
+
+    base = registered(config)
+    return {"table": as_json(tables.version(config)), **({"base_model": as_json(base)} if base else {})}
 
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ that a job submitted again after any kind of end knows of them and runs the tria
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ from app.config import Config
 from app.errors import StageFailed
 from app.training import data
 from app.training.base_model import pinned
-from app.training.launch import check_base_model, check_cluster, run_training
+from app.training.launch import check_base_model, check_cluster, room_for_workers, run_training
 from app.training.worker import work_alone
 from app.tuning import result, schedulers, space
-from app.tuning.record import ERROR, Record, recorded
+from app.tuning.record import ERROR, NO_ANSWER, Record, recorded
 from app.tuning.space import Values
 from app.tuning.study import Study, check_installed
 from app.tuning.trials import FOLDER, Kept, Trial
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 COORDINATOR_CPUS = 0.01
 """Logical CPUs of a trial that starts several workers and waits for them."""
+RUNS = "runs"
+"""Checkpoints of trials of several workers, below the search's folder."""
 CHECKPOINTS = 3
 """Kept of each trial that others may go on from: it may be read while the next two are written."""
 
@@ -65,14 +67,15 @@ def tune(config: Config, table: TableVersion) -> Tuned:
     config, _ = pinned(config)
     check_installed(config.tuning)
     check_base_model(config)
-    shape = space.trial_config(config, {})
-    check_cluster(shape.training, groups=config.tuning.concurrent_trials or 1)
+    check_cluster(space.trial_config(config, {}).training, groups=config.tuning.concurrent_trials or 1)
     kept = Kept(config, table)
     first = kept.named(config.tuning.random_trials)
-    data.prepare(shape, table)  # trials find it made
+    for values in space.data_settings(config):  # trials find them made: they hold the CPUs that making them takes
+        data.prepare(space.trial_config(config, values), table)
     kept.open()
     before = kept.read()
     ended = [trial for trial in before.values() if trial.state == "ended"]
+    failed = _failed_before(config, before.values())
     others = [] if schedulers.changes_trials(config.tuning) else kept.earlier()
     if ended:
         print(f"tune: {len(ended)} of {config.tuning.trials} trials have ended in an earlier attempt", flush=True)
@@ -80,14 +83,17 @@ def tune(config: Config, table: TableVersion) -> Tuned:
         print(f"tune: {len(others)} trials of earlier searches are known", flush=True)
     with recorded(config, table, kept) as record:
         record.after(before)
-        left = config.tuning.trials - len(ended)
+        left = config.tuning.trials - len(ended) - len(failed)
         if left > 0:
             cut_short = [trial.values for trial in before.values() if trial.state == "running"]
             study = Study(config.tuning, [*cut_short, *first])
             for trial in (*ended, *others):
                 study.know(trial.values, trial.objectives(config.tuning))
+            for trial in failed:
+                study.know(trial.values, None)
             _tuner(config, table, kept, study, record, left).fit()
-        made = [*ended, *record.trials.values()]
+        kept.storage.remove(FOLDER, kept.name, RUNS)  # of trials of several workers, whose checkpoints nobody reads
+        made = [*ended, *failed, *record.trials.values()]
         _check_failures(config, made, others)
         figures = result.judge(config, made, others)
         result.write(config, kept.name, figures, [*others, *sorted(made, key=lambda trial: trial.number)])
@@ -155,14 +161,14 @@ def _tuner(
     # A trial that cannot go on reports why, and no metric.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     tuning, storage = config.tuning, kept.storage
-    parameters = {"config": config, "table": table, "storage_path": storage.uri(FOLDER, kept.name, "runs")}
+    parameters = {"config": config, "table": table, "storage_path": storage.uri(FOLDER, kept.name, RUNS)}
     keep = CHECKPOINTS if schedulers.changes_trials(tuning) else None
     return ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(train_trial, **parameters), _resources(config)),
         param_space=schedulers.ranges(tuning) if schedulers.changes_trials(tuning) else None,
         tune_config=ray_tune.TuneConfig(
             num_samples=trials,
-            max_concurrent_trials=None if schedulers.changes_trials(tuning) else tuning.concurrent_trials,
+            max_concurrent_trials=None if schedulers.changes_trials(tuning) else _at_a_time(config),
             search_alg=_population(config, study, trials)
             if schedulers.changes_trials(tuning)
             else Proposer(config, study),
@@ -241,6 +247,24 @@ def _resources(config: Config) -> dict[str, float]:
     if config.tuning.num_workers > 1:
         return {"CPU": COORDINATOR_CPUS}
     return {"CPU": config.training.cpus_per_worker, "GPU": float(config.training.use_gpu)}
+
+
+def _at_a_time(config: Config) -> int | None:
+    """Trials at a time; None: Ray Tune sees for itself what there is room for."""
+    tuning = config.tuning
+    if tuning.concurrent_trials is not None or tuning.num_workers == 1:
+        return tuning.concurrent_trials
+    # A trial's own process reserves next to nothing: its workers do, and only once it has begun.
+    return max(1, room_for_workers(space.trial_config(config, {}).training) // tuning.num_workers)
+
+
+def _failed_before(config: Config, trials: Iterable[Trial]) -> list[Trial]:
+    """Trials of an earlier attempt that said why they failed, so that they are not tried again.
+
+    None where that attempt ended since too many had: whoever submits it again has mended something.
+    """
+    failed = [trial for trial in trials if trial.state == "failed" and trial.error != NO_ANSWER]
+    return failed if len(failed) <= _most_failures(config) else []
 
 
 def _most_failures(config: Config) -> int:

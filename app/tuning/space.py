@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 TUNABLE = "training."
+DECIDED = {
+    "training.max_steps": "tuning.max_steps", "training.report_every_steps": "tuning.grace_steps",
+    "training.num_workers": "tuning.num_workers", "training.keep_checkpoints": "nothing: a trial keeps one",
+    "training.objective": "training.objective: a search compares trials of one",
+}  # fmt: skip
+"""Settings of a trial that are not its own to choose, and what says what they are."""
+DATA = (
+    "training.base_model",
+    "training.vocab_size",
+    "training.block_tokens",
+    "training.loss_on",
+    "training.validation_blocks",
+)
+"""Settings that other blocks of tokens are made for."""
 Space = dict[str, DimensionConfig]
 Values = dict[str, Any]
 
@@ -94,6 +108,13 @@ def check(config: Config) -> None:
     for key, dimension in config.tuning.space.items():
         if not key.startswith(TUNABLE):
             raise ConfigError(f"tuning.space.{key}: a trial only trains", f"search over keys that begin with {TUNABLE}")
+        if key in DECIDED:
+            raise ConfigError(f"tuning.space.{key} cannot be searched: it is decided by {DECIDED[key]}", "leave it out")
+        if key in DATA and dimension.kind != "choice":
+            raise ConfigError(
+                f"tuning.space.{key}: blocks of tokens are made for each value before the trials begin",
+                "list the values: {kind: choice, choices: [...]}",
+            )
         for value in _corners(dimension):
             try:
                 config.with_overrides({key: value})
@@ -104,18 +125,28 @@ def check(config: Config) -> None:
 def trial_config(config: Config, overrides: Values) -> Config:
     """What one trial trains with: its values, within the search's own steps and workers.
 
-    Reports come every `grace_steps`, as schedulers decide at reports.
+    A step learns from as many blocks as in training itself, in more micro batches where the trial has fewer workers:
+    learning rates that are good for another number are others. Reports come every `grace_steps`, as schedulers decide
+    at reports.
     """
-    tuning = config.tuning
+    tuning, training = config.tuning, config.with_overrides(overrides).training
     return config.with_overrides(
         {
             **overrides,
+            "training.global_batch_size": training.blocks_per_step,
             "training.max_steps": tuning.max_steps,
             "training.report_every_steps": tuning.grace_steps,
             "training.num_workers": tuning.num_workers,
             "training.keep_checkpoints": 1,
         }
     )
+
+
+def data_settings(config: Config) -> Iterator[Values]:
+    """Every combination of values of the space that blocks of tokens are made for."""
+    finite = {key: dimension.choices for key, dimension in config.tuning.space.items() if key in DATA}
+    for combination in itertools.product(*finite.values()):
+        yield dict(zip(finite, combination, strict=True))
 
 
 def _distribution(dimension: DimensionConfig) -> "BaseDistribution":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from app.config import Config
+from app.config import HOW_A_RUN_IS_COMPUTED, Config
 from app.errors import ConfigError
 from app.settings.tuning import TuningConfig
 from app.storage import Storage
@@ -118,7 +118,9 @@ def subject(config: Config, table: TableVersion) -> str:
     """Digest of all that decides a trial's result, but its own settings."""
     searched = {key.removeprefix(space.TUNABLE) for key in config.tuning.space} | {"max_steps"}
     training = {key: value for key, value in config.training.identity().items() if key not in searched}
-    steps = [config.tuning.max_steps, config.tuning.num_workers]
+    steps: list[Any] = [config.tuning.max_steps, config.tuning.num_workers, config.training.blocks_per_step]
+    if any(objective.name == "tokens_per_s" for objective in config.tuning.objectives):
+        steps.append(config.training.model_dump(mode="json", include=set(HOW_A_RUN_IS_COMPUTED)))
     return digest([as_json(table), training, sorted(config.tuning.space), steps, code_version("training")])
 
 

@@ -46,12 +46,36 @@ def test_a_trial_takes_the_steps_and_workers_of_the_search() -> None:
     assert trained.learning_rate == 0.005
 
 
+@pytest.mark.parametrize("values", [{}, {"training.micro_batch_size": 2}])
+def test_a_trial_learns_from_as_many_blocks_a_step_as_training(values: dict[str, object]) -> None:
+    config = Config().with_overrides(
+        {"training.num_workers": 4, "tuning.num_workers": 1, "training.micro_batch_size": 8}
+    )
+    trained = space.trial_config(config, values).training
+    assert trained.num_workers == 1
+    assert trained.blocks_per_step == config.with_overrides(dict(values)).training.blocks_per_step
+
+
+def test_blocks_are_made_for_each_combination_of_what_they_depend_on() -> None:
+    config = searching(
+        training__learning_rate=ALL_KINDS["training__learning_rate"],
+        training__block_tokens={"kind": "choice", "choices": [128, 256]},
+        training__loss_on={"kind": "choice", "choices": ["assistant", "all"]},
+    )
+    space.check(config)
+    assert len(list(space.data_settings(config))) == 4
+    assert list(space.data_settings(searching(training__learning_rate=ALL_KINDS["training__learning_rate"]))) == [{}]
+
+
 @pytest.mark.parametrize(
     ("key", "dimension", "sentence"),
     [
         ("training.learning_rat", {"kind": "float", "low": 0.1, "high": 1.0}, "did you mean 'learning_rate'"),
         ("training.learning_rate", {"kind": "float", "low": -1.0, "high": 1.0}, "-1.0 is out of its range"),
         ("training.precision", {"kind": "choice", "choices": ["fp32", "fp8"]}, "'fp8' is out of its range"),
+        ("training.max_steps", {"kind": "choice", "choices": [100, 1000]}, "decided by tuning.max_steps"),
+        ("training.num_workers", {"kind": "int", "low": 1, "high": 2}, "decided by tuning.num_workers"),
+        ("training.block_tokens", {"kind": "int", "low": 64, "high": 256}, "list the values"),
         ("evaluation.replies", {"kind": "int", "low": 1, "high": 2}, "a trial only trains"),
     ],
 )

@@ -48,14 +48,15 @@ def test_another_search_on_the_same_subject_knows_the_trials_in_its_space(tmp_pa
 
 @pytest.mark.parametrize(
     "change",
-    [{"training__seed": 1}, {"training__optimizer": "muon"}, {"tuning__max_steps": 41}, {"tuning__num_workers": 2}],
-)
+    [{"training__seed": 1}, {"training__optimizer": "muon"}, {"tuning__max_steps": 41}, {"tuning__num_workers": 2},
+     {"training__num_workers": 7}],
+)  # fmt: skip
 def test_what_changes_a_result_makes_another_subject(tmp_path: Path, change: dict[str, Any]) -> None:
     kept(tmp_path).write("a", trial(1e-3))
     assert kept(tmp_path, **change).earlier() == []
 
 
-@pytest.mark.parametrize("change", [{"training__learning_rate": 0.5}, {"training__num_workers": 7}])
+@pytest.mark.parametrize("change", [{"training__learning_rate": 0.5}, {"training__zero_stage": 0}])
 def test_what_a_trial_does_not_use_makes_no_other_subject(tmp_path: Path, change: dict[str, Any]) -> None:
     kept(tmp_path).write("a", trial(1e-3))
     assert kept(tmp_path, **change).earlier() == [trial(1e-3)]
