@@ -2,6 +2,7 @@
 
     make servers
     python -m benchmarks.faults --runs 3
+    RAYLOOP_FAULT_SEEDS=3 python -m pytest --junitxml=FILE; python -m benchmarks.faults --runs 3 --report FILE
 
 Runs the tests that carry the mark `fault` through pytest, once for each seed; see tests/faults.py. Writes
 benchmarks/results/<date>_<hardware>_faults.md.
@@ -75,16 +76,23 @@ def words(name: str) -> str:
     return said.removeprefix("test_").replace("_", " ") + (f": {parameters}" if parameters else "")
 
 
-def main() -> None:
-    """Run them, write the table, and end as pytest has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="seeds, from 0 on")
-    runs = parser.parse_args().runs
+def measure(runs: int) -> tuple[dict[tuple[str, str], Row], int]:
+    """Run the tests with so many seeds; also pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "fault", f"--junitxml={report}"]
         ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"RAYLOOP_FAULT_SEEDS": str(runs)}, check=False)
-        table = rows(report)
+        return rows(report), ended.returncode
+
+
+def main() -> None:
+    """Run them, write the table, and end as pytest has."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="seeds, from 0 on")
+    parser.add_argument("--report", type=Path, help="what a run of the whole suite has written, instead of a run")
+    given = parser.parse_args()
+    runs = given.runs
+    table, code = (rows(given.report), 0) if given.report else measure(runs)
     lines = [
         "# Faults",
         "",
@@ -102,7 +110,7 @@ def main() -> None:
     failures = sum(row.failures for row in table.values())
     lines += ["", f"{sum(row.runs for row in table.values())} runs of {len(table)} tests, {failures} failures."]
     measured.write("faults", lines)
-    sys.exit(ended.returncode)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
