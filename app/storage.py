@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -261,9 +262,16 @@ def _copied(filesystem: fs.FileSystem, path: str, uri: str) -> Path:
 
 
 def node_cache() -> Path:
-    """This user's folder on this node's disk for copies of what lies elsewhere; nobody else may enter it."""
+    """This user's folder on this node's disk for copies of what lies elsewhere; nobody else may enter it.
+
+    Raises:
+        StorageError: Somebody else has put another one in its place.
+    """
     folder = Path(tempfile.gettempdir()) / f"rayloop-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise StorageError(f"{folder} is not this user's alone", "remove it, or set TMPDIR to another folder")
     return folder
 
 

@@ -208,7 +208,9 @@ def check(model: Any, training: TrainingConfig) -> None:
     try:
         with torch.no_grad():
             packed, alone = (
-                model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, -CHECKED_TOKENS:]
+                model(
+                    input_ids=ids[None].to(model.device), position_ids=positions[None].to(model.device), use_cache=False
+                ).logits[0, -CHECKED_TOKENS:]
                 for ids, positions in (
                     (ids_t, positions_t), (ids_t[CHECKED_TOKENS:], positions_t[CHECKED_TOKENS:]),
                 )

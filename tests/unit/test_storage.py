@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import StorageError
-from app.storage import Storage, local_folder, resolve
+from app.storage import Storage, local_folder, node_cache, resolve
 
 
 def test_what_is_written_is_read_and_listed(store: str) -> None:
@@ -72,3 +72,17 @@ def test_an_uploaded_folder_replaces_the_one_before(store: str, tmp_path: Path) 
 def test_a_missing_folder_is_named(store: str) -> None:
     with pytest.raises(StorageError, match="no folder at"), local_folder(f"{store}/models/none"):
         pass
+
+
+def test_a_cache_that_others_may_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = node_cache()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(StorageError, match="not this user's alone"):
+        node_cache()
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="not this user's alone"):
+        node_cache()
