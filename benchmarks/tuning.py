@@ -137,7 +137,7 @@ def best_of_random(problem: Problem) -> list[float]:
     return found
 
 
-def functions(pool: ProcessPoolExecutor) -> list[str]:
+def functions(pool: ProcessPoolExecutor, chosen: list[str]) -> list[str]:
     """The table of trials until random's best, and of the time of a proposal."""
     lines = [
         "## Trials until random's best of 200",
@@ -148,7 +148,8 @@ def functions(pool: ProcessPoolExecutor) -> list[str]:
         "| problem (target) | searcher | trials | reached | best after 50 | trials, of random's |",
         "|---|---|---|---|---|---|",
     ]
-    for name, problem in every_problem().items():
+    for name in chosen:
+        problem = every_problem()[name]
         target = statistics.median(best_of_random(problem))
         base = None
         for searcher in SEARCHERS:
@@ -267,14 +268,16 @@ def asha(pool: ProcessPoolExecutor) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=("functions", "asha", "overhead"), help="none: all of them")
-    parts = parser.parse_args().part or ["functions", "asha", "overhead"]
+    parser.add_argument("--problem", action="append", help="of the functions, or 'small models'; none: all of them")
+    given = parser.parse_args()
+    parts = given.part or ["functions", "asha", "overhead"]
     command = f"`python -m benchmarks.tuning {' '.join(sys.argv[1:])}`"
     lines = ["# Search", "", measured.heading(), "", command, ""]
     os.environ["OMP_NUM_THREADS"] = "1"
     small_models.curves()
     with ProcessPoolExecutor(2) as pool:
         if "functions" in parts:
-            lines += [*functions(pool), ""]
+            lines += [*functions(pool, given.problem or [*every_problem()]), ""]
         if "asha" in parts:
             lines += [*asha(pool), ""]
     if "overhead" in parts:
