@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.ingestion.decision import HELD, VERDICTS, decided, held_keys
+from app.ingestion.decision import HELD, VERDICTS, _shared, decided, held_keys
 from app.ingestion.staging import KEYS
 
 Row = tuple[int, int, str, str | None]
@@ -150,3 +150,18 @@ def test_each_record_has_at_most_one_verdict() -> None:
     for row in decided([keys(rows)], []).to_pylist():
         count[row["part"], row["row"]] += 1
     assert count == {(0, 1): 1, (0, 2): 1, (0, 3): 1}
+
+
+def test_texts_that_are_equal_in_64_bits_only_are_two_texts() -> None:
+    rows = keys([("a", "u", None), ("b", "v", None), ("c", "w", None)])
+    alike = [b"12345678" + end * 8 for end in (b"x", b"y", b"x")]
+    place = rows.schema.get_field_index("content_hash")
+    rows = rows.set_column(place, "content_hash", pa.array(alike, pa.binary(16)))
+    assert verdicts(decided([rows], [])) == {(0, 2): "duplicate"}
+
+
+def test_only_what_could_have_a_verdict_is_compared() -> None:
+    new = keys([("a", "u", None), ("b", "v", None), (None, None, None), ("c", "w", None), ("a", "x", None)])
+    some, known = _shared([new, keys([], part=1)], [held([("d", "w", None), ("e", "z", None)])])
+    assert [table["position"].to_pylist() for table in some] == [[0, 3, 4]]
+    assert [table["conversation_id"].to_pylist() for table in known] == [["w"]]
