@@ -274,7 +274,8 @@ def main() -> None:
     command = f"`python -m benchmarks.tuning {' '.join(sys.argv[1:])}`"
     lines = ["# Search", "", measured.heading(), "", command, ""]
     os.environ["OMP_NUM_THREADS"] = "1"
-    small_models.curves()
+    if "functions" in parts or "asha" in parts:
+        small_models.curves()
     with ProcessPoolExecutor(2) as pool:
         if "functions" in parts:
             lines += [*functions(pool, given.problem or [*every_problem()]), ""]

@@ -76,8 +76,11 @@ class Record(ray_tune.Callback):
         if begun is None:
             begun = Trial(self._first_number + len(self.trials), values)
             self._later(self._start_run, trial.trial_id, values)
-        elif values != begun.values:
-            changes = (*begun.changes, (int((trial.last_result or {}).get("step", 0)), values))
+        elif (
+            values != begun.values and (step := int((trial.last_result or {}).get("step", 0))) < self._tuning.max_steps
+        ):
+            # After the last step a scheduler may still change a trial, which then does nothing with it.
+            changes = (*begun.changes, (step, values))
             begun = replace(begun, values=values, changes=changes)
             print(f"tune: trial {begun.number} goes on from a better one's checkpoint with {values}", flush=True)
         self.trials[trial.trial_id] = begun

@@ -369,9 +369,10 @@ def test_micro_batches_keep_their_interval_while_messages_keep_coming(
         return batch(*given)
 
     monkeypatch.setattr(stream, "_batch", begin)
+    brokers.send(messages(0))  # makes the topic
 
     def produce() -> None:
-        number = 0
+        number = 1
         while not ended.wait(0.1):
             brokers.send(messages(number))
             number += 1
