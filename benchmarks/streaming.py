@@ -175,7 +175,7 @@ def main() -> None:
     for at_s, what in sorted(times):
         time.sleep(max(0.0, at_s - (time.monotonic() - started_s)))
         if what == "kill":
-            busy = _wait_for_batch(log)
+            busy = _wait_for_batch(log, options.interval_s)
             running.kill()
             running.wait()
             events.append(f"{time.monotonic() - started_s:.0f} s: kill -9 of the follower, {busy}")
@@ -201,13 +201,13 @@ def main() -> None:
     report(config, options, producing, events, left, caught_up_s, code, produced_s)
 
 
-def _wait_for_batch(log: Path) -> str:
+def _wait_for_batch(log: Path, interval_s: float) -> str:
     """Wait until a micro-batch has just been committed, and then into the next one."""
     before = log.read_text().count("ingest: batch")
     deadline_s = time.monotonic() + 60
     while log.read_text().count("ingest: batch") == before and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    time.sleep(5.0)
+    time.sleep(0.7 * interval_s)  # the next one begins an interval after that one has begun
     return "while a micro-batch was under way"
 
 
