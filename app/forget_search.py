@@ -155,6 +155,7 @@ def elsewhere(config: Config, sought: Sought) -> dict[str, int]:
     ids = _forms(sought.ids)
     texts = [*_forms(sought.messages), *(html.escape(text) for text in sought.messages)]
     found = {}
+    own = Storage(config.storage.uri).root_uri
     for storage, folder in _logs_and_reports(config):
         for info in storage.files(folder):
             name = info.path.removeprefix(storage.root_path).lstrip("/")
@@ -162,7 +163,7 @@ def elsewhere(config: Config, sought: Sought) -> dict[str, int]:
             likely = lines.filter(lines.str.contains_any([*ids, *texts])).to_list()
             count = sum(any(text in line for text in texts) or mentions(line, ids) for line in likely)
             if count:
-                found[name if storage.root_uri == Storage(config.storage.uri).root_uri else storage.uri(name)] = count
+                found[name if storage.root_uri == own else storage.uri(name)] = count
     return found
 
 

@@ -162,7 +162,8 @@ def _listed(
         chosen = [path for path in files if _belongs(path.removeprefix(base), source.format)]
         hint = f"its files must end in {', '.join(SUFFIXES[source.format])} (.gz, .zst)"
     else:
-        chosen = [path for path in files if _matches(pattern, path.removeprefix(base).lstrip("/"), source.format)]
+        named = re.compile(f"{glob_expression(pattern)}(?P<below>/.+)?")
+        chosen = [path for path in files if _matches(named, path.removeprefix(base).lstrip("/"), source.format)]
         hint = "nothing matches the pattern"
     found = [files[path] or filesystem.get_file_info(path) for path in chosen if not local or _is_inside(path, base)]
     if not found and not may_be_none:
@@ -205,13 +206,13 @@ def _belongs(path: str, written_as: str) -> bool:
     return path.endswith(SUFFIXES[written_as])
 
 
-def _matches(pattern: str, path: str, written_as: str) -> bool:
-    """Whether a pattern names a file, or a folder that it is one of the format's files below."""
-    expression = glob_expression(pattern)
-    if re.fullmatch(expression, path):
-        return True
-    below = re.fullmatch(f"{expression}/(.+)", path)
-    return below is not None and _belongs(below[below.lastindex or 0], written_as)
+def _matches(named: re.Pattern[str], path: str, written_as: str) -> bool:
+    """Whether a pattern names a file, or a folder that it is one of the format's files `below`.
+
+    A pattern takes as much of a path as it can, so what it names itself has nothing below.
+    """
+    found = named.fullmatch(path)
+    return found is not None and (found["below"] is None or _belongs(found["below"].lstrip("/"), written_as))
 
 
 def glob_expression(pattern: str) -> str:

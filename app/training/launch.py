@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app import model as models
@@ -50,7 +50,6 @@ def run_training(
         ClusterError: The cluster can never hold the workers.
         StageFailed: Workers failed more often than `training.max_failures`, or the loss is bad.
     """
-    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
