@@ -21,6 +21,7 @@ import pytest
 
 from app import tables
 from app.config import Config
+from app.ingestion.batch import _decided as decided
 from app.ingestion.examination import Examiner, examine
 from app.ingestion.pipeline import Ingested, ingest
 from tests.conftest import ROOT, RunningCluster
@@ -141,15 +142,28 @@ class Killing(threading.Thread):
         return time.monotonic() - self.at_s
 
 
+def decided_at_leisure(keys: list[Any], held: list[Any], refuse_repeated_ids: bool) -> pa.Table:
+    """The decision, by a worker that does not answer at once: so few records are decided faster than it is found."""
+    verdicts = decided(keys, held, refuse_repeated_ids)
+    time.sleep(2.0)
+    return verdicts
+
+
 @pytest.mark.fault("F1", seen="stopped while it worked, killed, gone from /proc")
 @pytest.mark.parametrize(
     ("title", "sightings"),
-    [("MapBatches", 30), ("finalise", 20), ("_decided", 2)],
+    [("MapBatches", 30), ("finalise", 20), (decided_at_leisure.__name__, 20)],
     ids=["examination", "finalisation", "decision"],
 )
 def test_killing_a_worker_changes_no_row(
-    title: str, sightings: int, store: str, undisturbed: tuple[Any, Any, Ingested], fault: Fault
+    title: str,
+    sightings: int,
+    store: str,
+    undisturbed: tuple[Any, Any, Ingested],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
 ) -> None:
+    monkeypatch.setattr("app.ingestion.batch._decided", decided_at_leisure)
     config = shop(store)
     killing = Killing(halted(title, raylets()[0], sightings, fault.random))
     result = ingest(config)
