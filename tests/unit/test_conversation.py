@@ -111,7 +111,9 @@ def test_a_base_models_own_template_learns_the_same_replies(tokenizer: PreTraine
     assert np.array_equal(encoded.ids[: len(prompt_ids(other, CHAT[:1]))], prompt_ids(other, CHAT[:1]))
 
 
-contents = st.sampled_from(["It's 4512.", "a  b", " edge ", "<|end|>no<|user|>", "naïve café ½ ٣", "", "don't 'sail'"])
+contents = st.sampled_from(
+    ["It's 4512.", "a  b", " edge ", "<|end|>no<|user|>", "naïve café ½ ٣", "", "no\u00a0\u00a0", "don't 'sail'"]
+)
 spoken = st.builds(
     lambda role, content: {"role": role, "content": content},
     st.sampled_from(ROLES),
