@@ -66,6 +66,9 @@ start() {
     export RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_STATE_TRACKING=1
     # Nobody takes this machine away at short notice, and each watcher is a process.
     export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
+    # Idle worker processes, 0.3 to 0.5 GB each, are kept up to the number of cores, not of logical CPUs.
+    RAY_num_workers_soft_limit=$(nproc)
+    export RAY_num_workers_soft_limit
     export TORCH_EXTENSIONS_DIR=$venv/torch_extensions MPLCONFIGDIR=$state/matplotlib
     export PYTHONPATH=${PYTHONPATH:-} HF_HOME=${HF_HOME:-$state/huggingface} PATH=$venv/bin:$PATH
     # shellcheck disable=SC2154
