@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SAMPLE_RECORD_BYTES = 800  # about 760 in 5,000 records
 FUSED_TASKS_A_CPU = 4
 """With so many parts, or pieces of parts, each is read and examined by one task."""
+SPARE_TASKS_A_CPU = 8
+"""With so many, one task more than there are CPUs is under way: none waits while Ray Data decides what comes next."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,16 @@ def read(ingestion: IngestionConfig, parts: Sequence[Part]) -> "Dataset":
 
     from app.datasource import Planned
 
+    cpus = cluster.cpus()
     tasks: list[tuple[Callable[[], Any], int]] = [
         (partial(blocks, index, call), size) for index, part in enumerate(parts) for call, size in part.reads(ingestion)
     ]
     # With reservations that are equal Ray Data fuses reading with what follows, so that raw records never pass between
     # tasks; with half a CPU it does not, so that what one large file holds is examined by many.
-    share = 1.0 if len(tasks) >= FUSED_TASKS_A_CPU * cluster.cpus() else 0.5
+    share = 1.0 if len(tasks) >= FUSED_TASKS_A_CPU * cpus else 0.5
     records: Dataset = ray.data.read_datasource(
         Planned("RawRecords", tasks), num_cpus=share, override_num_blocks=len(tasks)
     )
+    if len(tasks) >= SPARE_TASKS_A_CPU * cpus:
+        records.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=cpus + 1)
     return records

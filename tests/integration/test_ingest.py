@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from app import tables
+from app import cluster, tables
 from app.config import Config, load
 from app.conversation import content_hash, split_of
 from app.errors import SourceError, StageRefused, TableChanged, TableError
-from app.ingestion import batch, execution, sample
+from app.ingestion import batch, execution, sample, sources
+from app.ingestion.files import parts
 from app.ingestion.pipeline import Ingested, ingest
 from app.ingestion.staging import BlockName
 from app.privacy import Detector, mask_messages
@@ -667,7 +668,7 @@ def test_a_missing_source_ends_the_job_with_1(config_file: Path, capsys: pytest.
 DIES_BEFORE_ITS_COMMIT = """
 import os, signal, sys
 from pyiceberg.catalog.sql import SqlCatalog
-from app import tables
+from app import cluster, tables
 place, arguments = sys.argv[1], sys.argv[2:]
 owner, name = {"before it": (tables, "append"), "within it": (SqlCatalog, "commit_table")}[place]
 real = getattr(owner, name)
@@ -743,6 +744,21 @@ def test_ray_datas_own_console_is_quiet_meanwhile_and_other_listeners_still_hear
         chatty.removeHandler(caplog.handler)
     assert console.level < logging.ERROR
     assert "a plan" in caplog.text
+
+
+@pytest.mark.parametrize(("tasks_a_cpu", "spare"), [(sources.SPARE_TASKS_A_CPU, 1), (1, 0)])
+def test_many_parts_are_examined_by_one_task_more_than_cpus(tmp_path: Path, tasks_a_cpu: int, spare: int) -> None:
+    from ray.data import DataContext
+
+    cpus = cluster.cpus()
+    for number in range(int(tasks_a_cpu * cpus)):
+        (tmp_path / f"{number}.jsonl").write_text("{}\n")
+    config = Config().with_overrides({"ingestion.sources": [{"uri": str(tmp_path), "format": "jsonl"}]})
+    with execution.ray_data():
+        records = sources.read(config.ingestion, parts(config.ingestion.sources[0], 0))
+        assert records.context.execution_options.resource_limits.cpu == cpus + spare
+        assert DataContext.get_current().execution_options.resource_limits.cpu == cpus
+    assert records.count() == int(tasks_a_cpu * cpus)
 
 
 def test_tasks_run_beside_each_other_from_the_first_second_on(tmp_path: Path) -> None:
