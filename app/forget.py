@@ -140,6 +140,11 @@ def _out_of_reach(
             Storage(config.storage.uri).list(STAGING),
             "blocks of ingests that run or were killed: jobs.maintain removes them once they are old enough",
         ),
+        "packings": (
+            leftovers.unfinished_packs(config),
+            "tokens of a training that packs them now or was killed at it: jobs.maintain removes them once they are "
+            "old enough",
+        ),
         "sources": (dict(places), "records to delete, or reading these sources anew brings them back"),
         "staged": (
             [uri for entry in found for uri in entry.staged],

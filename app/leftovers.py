@@ -2,8 +2,8 @@
 
 leftovers(config, config.maintenance)     # removed once it is old enough to be nobody's
 
-staged blocks of ingests that were killed; marks that no version names; reports and packed tokens of versions that are
-gone.
+staged blocks of ingests that were killed, and tokens of packings that were; marks that no version names; reports and
+packed tokens of versions that are gone.
 """
 
 import json
@@ -34,7 +34,7 @@ def leftovers(config: Config, settings: MaintenanceConfig, dry_run: bool = False
     named = set(_named(config))
     folders: list[tuple[str, ...]] = [(STAGING, name) for name in storage.list(STAGING)]
     folders += [(*REPORTS, name) for name in _reports_of_versions_gone(config)]
-    folders += [(PACKED, name) for name in packs_of_versions_gone(config)]
+    folders += [(PACKED, name) for name in (*packs_of_versions_gone(config), *unfinished_packs(config))]
     found = {folder: storage.files(*folder) for folder in folders}
     old = {folder: files for folder, files in found.items() if all(_is_old(file, before_ns) for file in files)}
     marks = [file for file in storage.files(INGESTED) if file.base_name not in named and _is_old(file, before_ns)]
@@ -73,6 +73,12 @@ def packs_of_pairs(config: Config) -> list[str]:
     """Names of packed preference pairs, which were made of logs and files and not of a version."""
     storage = Storage(config.storage.uri)
     return [pack for pack in storage.list(PACKED) if _made_of(storage, pack) == {}]
+
+
+def unfinished_packs(config: Config) -> list[str]:
+    """Names of packed tokens of a training that packs them now, or was killed at it."""
+    storage = Storage(config.storage.uri)
+    return [pack for pack in storage.list(PACKED) if _made_of(storage, pack) is None]
 
 
 def _made_of(storage: Storage, pack: str) -> dict[str, object] | None:

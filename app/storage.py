@@ -245,8 +245,9 @@ def _copied(filesystem: fs.FileSystem, path: str, uri: str) -> Path:
         os.utime(cached)
         return cached
     for other in cached.parent.iterdir():
-        if not other.name.startswith("blocks-") and time.time() - other.stat().st_mtime > UNUSED_S:
-            shutil.rmtree(other, ignore_errors=True)  # one that still maps it keeps it
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+            if not other.name.startswith("blocks-") and time.time() - other.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(other, ignore_errors=True)  # one that still maps it keeps it
     partial = cached.with_name(f"{name}.{_unique()}")
     partial.mkdir()
     fs.copy_files(path, str(partial), source_filesystem=filesystem)

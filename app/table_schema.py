@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADDED = ("imputed", "masked", "anomaly_score", "minhash")
+ADDED = ("imputed", "masked", "anomaly_score", "minhash", "id_hash")
 """Columns that tables made by earlier versions of the code lack."""
 
 

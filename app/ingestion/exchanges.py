@@ -36,8 +36,8 @@ class TrafficPart:
     """Names and sizes of the log's files, of exchanges and of feedback."""
     before_s: float
     """Conversations that were silent from then on, in seconds since 1970, count."""
-    is_settled: bool
-    """Whether nothing was logged later."""
+    state: str
+    """Another one once there is more to read."""
 
     @property
     def size_bytes(self) -> int:
@@ -49,9 +49,9 @@ class TrafficPart:
         """Not known."""
 
     @property
-    def mark(self) -> tuple[str, str] | None:
-        """Another one once anything has been logged; none while something waits to be settled."""
-        return (f"traffic:{self.uri}", digest(self.files)) if self.is_settled else None
+    def mark(self) -> tuple[str, str]:
+        """What was to be read."""
+        return f"traffic:{self.uri}", self.state
 
     def reads(self, ingestion: IngestionConfig) -> Iterator[tuple[Read, int]]:
         """One task: a conversation's exchanges may lie in any of the files."""
@@ -59,33 +59,44 @@ class TrafficPart:
 
 
 def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPart]:
-    """The log as a part.
+    """The log as a part; none while there is nothing to read.
 
     Raises:
-        StorageError: It cannot be listed.
+        StorageError: It cannot be listed or read.
     """
     before_s = time.time() - source.settle_s
     found = traffic.files(storage)
-    is_settled = all(modified_s <= before_s for _, _, modified_s in found)
     files = tuple((name, size) for name, size, _ in found)
-    return [TrafficPart(source.identity, index, storage, files, before_s, is_settled)]
+    state: Any = files
+    if any(modified_s > before_s for _, _, modified_s in found):
+        state = [
+            (exchange.response_id, feedback.received_at if feedback else None)
+            for _, exchange, feedback in settled(storage, before_s)
+        ]
+    return [TrafficPart(source.identity, index, storage, files, before_s, digest(state))] if state else []
 
 
 def read(storage: Storage, batch_rows: int, before_s: float) -> Iterator[Piece]:
     """The last exchange of each conversation that is silent since `before_s` as a record; its position is its number
     in the log, from 0."""
-    by_time = sorted(traffic.read_feedback(storage), key=lambda entry: entry.received_at)
-    feedback = {entry.response_id: entry for entry in by_time}
-    chosen = [
-        (number, record(exchange, feedback.get(exchange.response_id)))
-        for number, exchange in last_exchanges(storage)
-        if datetime.fromisoformat(exchange.received_at).timestamp() <= before_s
-        and wanted(exchange, feedback.get(exchange.response_id))
-    ]
+    chosen = [(number, record(exchange, feedback)) for number, exchange, feedback in settled(storage, before_s)]
     for start in range(0, len(chosen), batch_rows):
         some = chosen[start : start + batch_rows]
         raw = [orjson.dumps(made) for _, made in some]
         yield Piece([number for number, _ in some], raw, None, identified=True)
+
+
+def settled(storage: Storage, before_s: float) -> list[tuple[int, Exchange, Feedback | None]]:
+    """The last exchanges, with their numbers and feedback, that a model should learn from and nothing has followed
+    since `before_s`."""
+    by_time = sorted(traffic.read_feedback(storage), key=lambda entry: entry.received_at)
+    feedback = {entry.response_id: entry for entry in by_time}
+    return [
+        (number, exchange, feedback.get(exchange.response_id))
+        for number, exchange in last_exchanges(storage)
+        if datetime.fromisoformat(exchange.received_at).timestamp() <= before_s
+        and wanted(exchange, feedback.get(exchange.response_id))
+    ]
 
 
 def last_exchanges(storage: Storage) -> list[tuple[int, Exchange]]:

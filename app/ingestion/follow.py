@@ -49,16 +49,18 @@ class Followed:
     version: TableVersion | None = None
     batches: int = 0
     total: Outcome = field(default_factory=Outcome)
+    unjudged: Outcome = field(default_factory=Outcome)
+    """Of the last micro-batches, too small to be judged yet."""
     lag_messages: int = 0
 
     def judge(self, config: Config, outcome: Outcome) -> None:
         """Look at a micro-batch before it is committed.
 
         Raises:
-            StageRefused: A rule of severity stop is broken in it, or in all micro-batches together the share that broke
-            a rule, or that was refused, is too large.
+            StageRefused: A rule of severity stop is broken in it, or the share that broke a rule, or that was refused,
+            is too large in it and those before it that were too small to be judged.
         """
-        with_it = Outcome.sum([self.total, outcome])
+        with_it = Outcome.sum([self.unjudged, outcome])
         check_rules(config, outcome, stop_only=True)
         if with_it.read >= JUDGED_RECORDS:
             check_rules(config, with_it)
@@ -68,8 +70,10 @@ class Followed:
         """Count a micro-batch that was committed."""
         self.batches += 1
         self.version = ingested.version
-        self.total = Outcome.sum([self.total, ingested.outcome])
-        self.total.kept_files, self.total.refused_files, self.total.scores = [], [], []
+        self.total = _counts(self.total, ingested.outcome)
+        self.unjudged = _counts(self.unjudged, ingested.outcome)
+        if self.unjudged.read >= JUDGED_RECORDS:
+            self.unjudged = Outcome()
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -82,11 +86,19 @@ class Followed:
         return {"table": as_json(self.version)} if self.version else {}
 
 
+def _counts(before: Outcome, outcome: Outcome) -> Outcome:
+    """Of both together; what grows with every record is left out."""
+    both = Outcome.sum([before, outcome])
+    both.kept_files, both.refused_files, both.scores = [], [], []
+    return both
+
+
 def follow(config: Config) -> Followed:
     """Ingest micro-batches until SIGTERM, or until `follow.max_batches` have been committed.
 
     Raises:
         SourceError: A source has lost what comes next, or has been away for longer than `follow.max_outage_s`.
+        TableChanged: For as long, no micro-batch could be compared with the table: a file of it is lost.
         StageRefused: Too many records broke a rule.
     """
     settings = config.ingestion.follow
@@ -101,9 +113,9 @@ def follow(config: Config) -> Followed:
             except SourceUnavailable as error:
                 stop.wait(outage.wait_s(error))
                 continue
-            except TableChanged:
-                logger.info("another writer committed meanwhile: the micro-batch is read again")
+            except TableChanged as error:
                 history = History(config)
+                stop.wait(outage.wait_s(error))
                 continue
             if settings.max_batches and followed.batches >= settings.max_batches:
                 break
@@ -155,7 +167,7 @@ def _brief(figures: dict[str, Any]) -> str:
 
 
 class _Outage:
-    """How long sources have been away, and how long to wait before the next try: longer each time."""
+    """How long no micro-batch has come about, and how long to wait before the next try: longer each time."""
 
     def __init__(self, most_s: float) -> None:
         self._most_s = most_s
@@ -165,7 +177,7 @@ class _Outage:
     def over(self) -> None:
         self._since_s, self._next_s = None, FIRST_RETRY_S
 
-    def wait_s(self, error: SourceUnavailable) -> float:
+    def wait_s(self, error: SourceUnavailable | TableChanged) -> float:
         """Raises the error once it has lasted too long."""
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s

@@ -126,19 +126,30 @@ def _keys_of(scan: "ArrowScan", tasks: "Sequence[FileScanTask]") -> pa.Table:
     try:
         rows = scan.to_table(tasks)
     except FileNotFoundError as error:
-        raise TableChanged(
-            f"maintenance has removed files of the table while an ingest compared with them ({error}); nothing was "
-            "added",
-            "run the job again",
-        ) from None
+        raise _gone(error) from None
     return held_keys(rows).append_column("minhash", rows["minhash"])
 
 
+def _gone(error: FileNotFoundError) -> TableChanged:
+    return TableChanged(
+        f"files of the table were removed while an ingest compared with them ({error}); nothing was added",
+        "run the job again; if it says so again, no maintenance has removed them and the file is lost: restore it, or "
+        "roll back to a version without it",
+    )
+
+
 def held_refusals(table: "Table") -> np.ndarray:
-    """The first 64 bits of the hashes of all refusals that the quarantine table holds, sorted."""
+    """The first 64 bits of the hashes of all refusals that the quarantine table holds, sorted.
+
+    Raises:
+        TableChanged: Another job has removed a file of it since it was opened.
+    """
     if table.current_snapshot() is None:
         return np.empty(0, np.uint64)
-    hashes = table.scan(selected_fields=("refusal_hash",)).to_arrow()["refusal_hash"].to_pylist()
+    try:
+        hashes = table.scan(selected_fields=("refusal_hash",)).to_arrow()["refusal_hash"].to_pylist()
+    except FileNotFoundError as error:
+        raise _gone(error) from None
     return np.sort(np.array([int(value[:16], 16) for value in hashes], np.uint64))
 
 

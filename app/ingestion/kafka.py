@@ -28,6 +28,8 @@ MESSAGE_BYTES = 1_000
 """What a message is taken to hold before it is read."""
 MAX_MESSAGE_BYTES = 64 << 20
 POLL_S = 0.5
+CLOCKS_APART_S = 86_400.0
+"""A producer's clock may be ahead by so much."""
 GLANCE = {"fetch.message.max.bytes": 64 << 10, "fetch.wait.max.ms": 20}
 """How little is fetched of a partition where only the times of some messages are asked for."""
 LOOKED_BACK = 2
@@ -403,7 +405,9 @@ def _piece(messages: list[Any]) -> Piece:
 
 
 def _sent_ms(message: Any) -> int | None:
+    """When it was sent; not known where the producer's time cannot be true, such as microseconds in place of these."""
     from confluent_kafka import TIMESTAMP_NOT_AVAILABLE
 
     kind, sent_ms = message.timestamp()
-    return None if kind == TIMESTAMP_NOT_AVAILABLE else sent_ms
+    is_known = kind != TIMESTAMP_NOT_AVAILABLE and 0 < sent_ms < (time.time() + CLOCKS_APART_S) * 1_000
+    return sent_ms if is_known else None

@@ -1,6 +1,7 @@
 """The report of an ingest: what came in, what each operator did with it, what the version is made of.
 
-reports/ingest/<snapshot id>/report.html and report.json; refused-<key>/ where nothing became a version
+reports/ingest/<snapshot id>/report.html and report.json; where nothing became a version, below refused-<key>/ or
+nothing-new-<key>/
 """
 
 import json

@@ -97,9 +97,11 @@ def ingest_parts(
         tables.discard(kept_table, outcome.kept_files)
         shown(f"refused-{key[:12]}", error)
         raise
+    if appended is None and kept_table.current_snapshot() is None:
+        raise StageFailed("nothing of what was read is to be kept, and the table is empty", "look at the sources")
     _count(outcome)
     version = tables.latest(config) if appended is None else TableVersion(config.ingestion.table, appended)
-    shown(str(version.snapshot_id), None)
+    shown(f"nothing-new-{key[:12]}" if appended is None else str(version.snapshot_id), None)
     return Ingested(version, report.figures(about), bool(outcome.kept_files), outcome, drift)
 
 

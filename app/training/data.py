@@ -246,8 +246,9 @@ def mapped(packed: Packed) -> dict[str, np.ndarray]:
 def _clean(folder: Path) -> None:
     """Remove blocks that no worker has asked for in a long time. One that still maps them keeps them."""
     for laid_out in folder.glob("blocks-*/"):
-        if time.time() - laid_out.stat().st_mtime > UNUSED_S:
-            shutil.rmtree(laid_out, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - laid_out.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(laid_out, ignore_errors=True)
 
 
 @contextlib.contextmanager

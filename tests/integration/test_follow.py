@@ -53,10 +53,10 @@ class Brokers:
     servers: str
     process: subprocess.Popen[str]
 
-    def send(self, values: Sequence[bytes | None], topic: str = "chats", partition: int = 0) -> None:
+    def send(self, values: Sequence[bytes | None], topic: str = "chats", partition: int = 0, sent_ms: int = 0) -> None:
         producer = Producer({"bootstrap.servers": self.servers, "linger.ms": 5, "message.max.bytes": 40_000_000})
         for value in values:
-            producer.produce(topic, value=value, partition=partition)
+            producer.produce(topic, value=value, partition=partition, timestamp=sent_ms)
         assert producer.flush(30) == 0
 
     def silence(self, seconds: float) -> None:
@@ -355,6 +355,16 @@ def test_a_message_without_a_time_has_that_of_its_sending(store: str, brokers: B
     for row in rows:
         assert before - timedelta(seconds=1) <= row["started_at"] <= datetime.now(UTC)
         assert "started_at" in row["imputed"]
+
+
+@pytest.mark.parametrize("sent_ms", [1_700_000_000_000_000, 1_700_000_000_000_000_000])
+def test_a_time_that_cannot_be_true_is_not_known_and_stops_nothing(store: str, brokers: Brokers, sent_ms: int) -> None:
+    config = configured(store, brokers).with_overrides({"ingestion.imputation.started_at": True})
+    brokers.send([*messages(*range(20)), b"bad", None], sent_ms=sent_ms)
+    ingest(config)
+    rows = tables.read_local(config, tables.latest(config), ["started_at"]).to_pylist()
+    assert rows == [{"started_at": None}] * 20
+    assert [row["reason"] for row in quarantined(config)] == ["invalid_json", "null_value"]
 
 
 def test_micro_batches_keep_their_interval_while_messages_keep_coming(

@@ -653,7 +653,7 @@ def test_an_ingest_whose_history_is_removed_meanwhile_adds_nothing(
 
     monkeypatch.setattr(batch, "_examined", meanwhile)
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(conversations(30)))
-    with pytest.raises(TableChanged, match="maintenance has removed files"):
+    with pytest.raises(TableChanged, match="files of the table were removed"):
         ingest(config)
 
 

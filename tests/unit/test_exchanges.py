@@ -139,10 +139,17 @@ def test_a_conversation_counts_once_it_has_been_silent_for_a_while(store: str) -
     )
     settings = config(store, settle_s=600)
     (part,) = parts_of(settings, {})
-    assert part.mark is None, "what waits to be settled would be lost"
     [(call, _)] = part.reads(settings.ingestion)
     assert [texts(json.loads(raw)) for piece in call() for raw in piece.raw] == [["where?", "there"]]
+    marks = dict(mark for part in parts_of(settings, {}) if (mark := mark_of(settings, part)))
+    assert len(marks) == 1
+    logged(store, turn(4, "later", "yes", received_at=now.isoformat()), writer="later")
+    assert parts_of(settings, marks) == [], "nothing more is silent for long enough"
     for file in Path(store).rglob("*.jsonl"):
         os.utime(file, (time.time() - 3_600,) * 2)
-    (part,) = parts_of(settings, {})
-    assert part.mark is not None
+    assert len(parts_of(settings, marks)) == 1, "what waited would be lost"
+
+
+def test_a_log_of_conversations_that_go_on_is_not_read_yet(store: str) -> None:
+    logged(store, turn(1, "hello", "hi", received_at=datetime.now(UTC).isoformat()))
+    assert parts_of(config(store, settle_s=600), {}) == []

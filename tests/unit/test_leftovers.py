@@ -53,9 +53,10 @@ def test_old_reports_and_tokens_of_versions_that_are_gone_go(store: str) -> None
     for name, snapshot_id in (("there", kept), ("gone", 17)):
         manifest = json.dumps({"table": {"table": config.ingestion.table, "snapshot_id": snapshot_id}})
         storage.write(manifest.encode(), "packed", name, "packed.json")
+    storage.write(b"", "packed", "killed", "0a1b", "blocks", "000000.parquet")
     assert leftovers(config, config.maintenance).removed == [], "they are young"
     for folder in ("reports", "packed"):
         aged(Path(store) / folder, 48)
-    assert len(leftovers(config, config.maintenance).removed) == 2
+    assert len(leftovers(config, config.maintenance).removed) == 3
     assert storage.list("reports", "ingest") == sorted([str(kept), "refused-abc"])
     assert storage.list("packed") == ["there"]

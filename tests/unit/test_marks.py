@@ -1,6 +1,8 @@
 """What makes an ingest new: sources, how they are read, and where streams go on from."""
 
 import sqlite3
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,18 @@ def test_a_micro_batch_that_is_read_again_is_counted_once() -> None:
     followed.judge(Config(), outcome)
     followed.count(Ingested(TableVersion("a.b", 1), {}, True, outcome))
     assert (followed.figures["records_kept"], followed.batches) == (10, 1)
+
+
+def test_a_stream_that_turns_bad_is_stopped_however_long_it_was_good() -> None:
+    followed, config = Followed(), configured(max_refused_fraction=0.1)
+    counted = partial(Ingested, TableVersion("a.b", 1), {}, True)
+    followed.count(counted(Outcome(kept=1_000_000)))
+    bad = Outcome(kept=300, quarantined=Counter(invalid_json=100))
+    for _ in range(2):  # 800 records, too few to say
+        followed.judge(config, bad)
+        followed.count(counted(bad))
+    with pytest.raises(StageRefused, match=r"refused 25.0% of 1200 records"):
+        followed.judge(config, bad)
 
 
 def test_a_wrong_setting_of_librdkafka_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,6 +388,14 @@ def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_unread(format: st
             list(read_arrow(pa.BufferReader(bytes(content)), ONE_TURN, 10))
 
 
+@pytest.mark.parametrize("format", ["arrow file", "arrow stream"])
+def test_of_an_arrow_file_only_the_rows_that_are_no_text_are_refused(format: str, tmp_path: Path) -> None:
+    path = written([{"q": "first", "a": "x"}, {"q": "second", "a": "y"}], format, tmp_path / "data")
+    content = path.read_bytes().replace(b"second", b"\xff\xfecond")
+    found = [problem for piece in read_arrow(pa.BufferReader(content), ONE_TURN, 10) for problem in piece.problems]
+    assert found == [None, "invalid_encoding"]
+
+
 class Payload:
     """Pickled, it makes a file when it is read."""
 
