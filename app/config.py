@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -541,7 +541,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     def where(key: str) -> str:
         if key in given:
             return "--set"
-        return f"{name}:{lines[key]}" if key in lines else name
+        if key in lines:
+            return f"{name}:{lines[key]}"
+        return "--set" if any(other.startswith(f"{key}.") for other in given) else name
 
     return _validated(tree, where)
 
@@ -588,7 +590,11 @@ def _explain(problem: ErrorDetails, where: Any) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith(("constrained-", "tuple["))]
     key = ".".join(str(part) for part in location)
     place = f"{where(key)}: {key}"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" or "[key]" in location:
+        if "[key]" in location:  # of a mapping from a few names
+            location = location[: location.index("[key]")]
+            key = ".".join(str(part) for part in location)
+            place = f"{where(key)}: {key}"
         allowed = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -629,8 +635,18 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             continue
-        section = _section_of(fields[part].annotation)
-    return list(section.model_fields) if section is not None else []
+        annotation = fields[part].annotation
+        section = None if part == location[-1] and get_origin(annotation) is dict else _section_of(annotation)
+        if section is None:
+            return [name for alternative in get_args(annotation)[:1] for name in _literals_of(alternative)]
+    return list(section.model_fields)
+
+
+def _literals_of(annotation: Any) -> list[str]:
+    """The names in `Literal["a"] | Literal["b"]`."""
+    if get_origin(annotation) is Literal:
+        return [str(name) for name in get_args(annotation)]
+    return [name for part in get_args(annotation) for name in _literals_of(part)]
 
 
 def _section_of(annotation: Any) -> Any:

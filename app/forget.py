@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from app import catalog, export, leftovers, lineage, registry
 from app.config import Config
 from app.errors import TableChanged, TableNotFound
-from app.forget_rewrite import Rewritten, drop_branches, rewrite
+from app.forget_rewrite import Rewritten, drop_branches, held_among, rewrite
 from app.forget_search import Sought, elsewhere, files_of, tells
 from app.settings.tables import MaintenanceConfig
 from app.storage import PACKED, STAGING, Storage
@@ -201,6 +201,7 @@ def _once(config: Config, table: "Table", sought: Sought, dry_run: bool, done: F
     done.models = sorted({*done.models, *map(str, trained_on)})
     if dry_run:
         done.expired = [snapshot.snapshot_id for snapshot in showing]
+        done.rewritten.held = held_among(table, done.expired, models.keys())
         return
     _mark(config, trained_on, len(sought.ids))
     rewrite(table, showing, models.keys(), sought, hits.keys(), done.rewritten)

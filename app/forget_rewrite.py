@@ -24,8 +24,10 @@ BRANCH = "rayloop-forgetting-"
 
 @dataclass
 class Rewritten:
-    """Which versions stand for others now."""
+    """Which versions stand for others now, or are to be."""
 
+    held: dict[int, list[str]] = field(default_factory=dict)
+    """Versions that are to live on without the rows, and their tags; none where only a model holds them."""
     replaced: dict[int, int] = field(default_factory=dict)
     """Versions that live on without the rows, and as what."""
     tags: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -51,10 +53,8 @@ def rewrite(
     """
     manifests = Manifests(table)
     shown = {snapshot.snapshot_id: snapshot for snapshot in showing}
-    names: dict[int, list[str]] = {snapshot_id: [] for snapshot_id in shown if snapshot_id in trained_on}
-    for name, reference in table.refs().items():
-        if reference.snapshot_id in shown:
-            names.setdefault(reference.snapshot_id, []).append(name)
+    names = held_among(table, shown, trained_on)
+    rewritten.held |= names
     clean: dict[str, str | None] = {}
     try:
         # The current one first: what is built on it from now on is clean.
@@ -73,6 +73,15 @@ def rewrite(
         catalog.patiently(table.refresh)
         needed = Manifests(table).needed(table.snapshots())
         delete(table, [uri for uri in clean.values() if uri is not None and uri not in needed])
+
+
+def held_among(table: "Table", shown: Collection[int], trained_on: Collection[int]) -> dict[int, list[str]]:
+    """Those of the versions that a model learned from or something names, and the names."""
+    names: dict[int, list[str]] = {snapshot_id: [] for snapshot_id in shown if snapshot_id in trained_on}
+    for name, reference in table.refs().items():
+        if reference.snapshot_id in shown:
+            names.setdefault(reference.snapshot_id, []).append(name)
+    return names
 
 
 def _without(table: "Table", uri: str, sought: Sought) -> str | None:

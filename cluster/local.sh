@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The local Ray head: start | stop | status | env.
+# The local Ray head: start | stop | status, which prints the environment to use it.
 #
 # It listens on 127.0.0.1 only, wants a token, has its own ports and temporary folder, and leaves any other
 # Ray on the machine alone. What it needs to be found again stands in $RAYLOOP_STATE (default .rayloop):

@@ -102,7 +102,8 @@ def read(
     except (OSError, EOFError, pa.ArrowException, ValueError) as error:
         raise (SourceUnavailable if is_patient else SourceError)(
             f"cannot read {file.uri} as {source.format} ({first_line(error)})",
-            "the file is missing, cut short or in another format: replace it or correct ingestion.sources",
+            "the file is missing, cut short, in another format or has other columns: replace it or correct "
+            "ingestion.sources",
         ) from None
 
 

@@ -113,7 +113,7 @@ def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Refusal("invalid_json", f"{error.msg} at character {error.pos}") from None
+        raise Refusal("invalid_json", f"{error.msg.removesuffix(' at')} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list a thousand deep
         raise Refusal("invalid_json", f"beyond what is parsed: {type(error).__name__}") from None
 

@@ -41,6 +41,12 @@ def test_a_misspelt_key_is_refused_with_place_alternatives_and_nearest(file: Pat
     assert "micro_batch_size" in message
 
 
+def test_a_misspelt_rule_is_refused_where_it_was_given(file: Path) -> None:
+    message = refusal(file, "", ("ingestion.rules.nearduplicate.severity=warn",))
+    assert "--set: ingestion.rules.nearduplicate is not a setting; did you mean 'near_duplicate'?" in message
+    assert "literal" not in message
+
+
 def test_all_errors_come_at_once(file: Path) -> None:
     message = refusal(file, "training: {zero_stage: 7, max_steps: many}\nservin: {}\n", ("tuning.trials=0",))
     assert "training.zero_stage: must be 0, 1, 2 or 3, got 7" in message

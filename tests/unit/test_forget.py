@@ -118,6 +118,7 @@ def test_a_dry_run_finds_the_same_and_changes_nothing(made: Forgettable, store: 
     assert figures(said) == figures(done)
     for planned, made_so in zip(said.tables, done.tables, strict=True):
         assert set(planned.expired) <= set(made_so.expired)
+        assert planned.rewritten.held.keys() == made_so.rewritten.replaced.keys()
 
 
 def test_forgetting_again_finds_nothing(made: Forgettable) -> None:
