@@ -19,11 +19,12 @@ def ray_data() -> Iterator[None]:
 
     from app.datasource import start_at_once
 
-    # Plans and warnings stay in Ray Data's own log file. Others may listen to this logger too, so only its own is told.
+    # Plans, warnings and tracebacks stay in Ray Data's own log file: what went wrong, the stage says in a sentence.
+    # Others may listen to this logger too, so only its own is told.
     consoles = [handler for handler in logging.getLogger("ray.data").handlers if handler.name == "console"]
     levels = [console.level for console in consoles]
     for console in consoles:
-        console.setLevel(logging.ERROR)
+        console.setLevel(logging.CRITICAL)
     context = start_at_once()
     options = context.execution_options
     before = context.enable_progress_bars, context.target_max_block_size, options.resource_limits

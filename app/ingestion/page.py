@@ -101,7 +101,7 @@ def _page(
 
 def _verdict(outcome: Outcome, drift: Sequence[Drift], error: RayloopError | None) -> Verdict:
     if error is not None:
-        return Verdict(f"Nothing was added: {error}", "bad")
+        return Verdict(f"Refused: {error}", "bad")
     moved = [entry.name for entry in drift if entry.drifted]
     said = f"{outcome.kept:,} of {outcome.read:,} records became conversations of this version."
     if moved:
