@@ -73,13 +73,16 @@ class Study:
             values = self._first.popleft()
             if self._is_new(values):
                 return self._begun(values, self._asked(values))
-        for _ in range(PROPOSALS):
+        # A Gaussian process that proposes a point of a continuous space again has converged. Told its value once more,
+        # it would propose it once more, and learn from ever more of the same.
+        converges = self._tuning.searcher == "gp" and space.size(self._space) is None
+        for _ in range(1 if converges else PROPOSALS):
             trial = self._opened().ask(self._distributions)
             values = space.active(self._space, trial.params)
             if self._is_new(values):
                 return self._begun(values, trial)
             known = self._known.get(space.point(values))
-            if known is None:
+            if known is None or converges:
                 self._opened().tell(trial, state=TrialState.FAIL)
             else:
                 self._opened().tell(trial, list(known))

@@ -80,6 +80,17 @@ def test_points_that_are_being_tried_are_not_proposed_again() -> None:
     assert asked[4] is None
 
 
+def test_a_converged_gaussian_process_learns_of_each_trial_once() -> None:
+    study = Study(tuning("gp", {"training.x": RANGE}))
+    for _ in range(20):
+        values = study.ask()
+        assert values is not None
+        study.tell(values, [float(values["training.x"])])  # the best is at the edge, where it proposes to go again
+    trials = study._opened().get_trials()
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert len(complete) == 20 < len(trials)
+
+
 @pytest.mark.parametrize(
     ("searcher", "trials"), [("gp", 16), ("bayesopt", 16), ("tpe", 40), ("cma_es", 80), ("random", 9)]
 )
