@@ -86,6 +86,10 @@ class TableChanged(StageFailed):
     """Another writer changed a table meanwhile; what was to be added was not."""
 
 
+class TableFilesGone(TableChanged):
+    """Files of a table were removed meanwhile, by maintenance or for good; what was to be added was not."""
+
+
 class StageRefused(RayloopError):
     """A stage did its work and its gate refused the result; `figures` say by how much."""
 

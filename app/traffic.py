@@ -201,25 +201,28 @@ def read_feedback(storage: Storage, since: datetime.datetime | None = None) -> I
         yield record
 
 
-def files(storage: Storage) -> list[tuple[str, int, float]]:
-    """The log's files, their sizes, which change with every record, and when they did last, in seconds since 1970.
+def files(storage: Storage) -> list[tuple[str, int]]:
+    """The log's files and their sizes.
 
     Raises:
         StorageError: The log cannot be listed.
     """
     found = []
     for folder in _FOLDERS.values():
-        selector = fs.FileSelector(storage.path("traffic", folder), allow_not_found=True)
-        try:
-            infos = storage.filesystem.get_file_info(selector)
-        except OSError as error:
-            raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
         found += [
-            (f"{folder}/{info.base_name}", info.size, (info.mtime_ns or 0) / 1e9)
-            for info in infos
+            (f"{folder}/{info.base_name}", info.size)
+            for info in _listed(storage, folder)
             if _SEGMENT.match(info.base_name)
         ]
     return sorted(found)
+
+
+def _listed(storage: Storage, folder: str) -> list[fs.FileInfo]:
+    selector = fs.FileSelector(storage.path("traffic", folder), allow_not_found=True)
+    try:
+        return list(storage.filesystem.get_file_info(selector))
+    except OSError as error:
+        raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
 
 
 def find(storage: Storage, response_id: str) -> tuple[Exchange | None, list[Feedback]]:
@@ -262,10 +265,9 @@ def _matching(
 
 def _files_between(storage: Storage, folder: str, from_s: float, to_s: float | None) -> list[str]:
     """The files that were written to between two times, oldest writer first."""
-    selector = fs.FileSelector(storage.path("traffic", folder), allow_not_found=True)
     found: list[str] = []
     begun: dict[str, float] = {}
-    for info in sorted(storage.filesystem.get_file_info(selector), key=lambda info: info.base_name):
+    for info in sorted(_listed(storage, folder), key=lambda info: info.base_name):
         match = _SEGMENT.match(info.base_name)
         if not match:
             continue

@@ -65,14 +65,11 @@ def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPar
         StorageError: It cannot be listed or read.
     """
     before_s = time.time() - source.settle_s
-    found = traffic.files(storage)
-    files = tuple((name, size) for name, size, _ in found)
-    state: Any = files
-    if any(modified_s > before_s for _, _, modified_s in found):
-        state = [
-            (exchange.response_id, feedback.received_at if feedback else None)
-            for _, exchange, feedback in settled(storage, before_s)
-        ]
+    state = [
+        (exchange.response_id, feedback.received_at if feedback else None)
+        for _, exchange, feedback in settled(storage, before_s)
+    ]
+    files = tuple(traffic.files(storage))
     return [TrafficPart(source.identity, index, storage, files, before_s, digest(state))] if state else []
 
 

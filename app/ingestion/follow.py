@@ -19,7 +19,7 @@ from typing import Any
 
 from app import openlineage, tables, telemetry
 from app.config import Config
-from app.errors import SourceUnavailable, TableChanged
+from app.errors import SourceUnavailable, TableChanged, TableFilesGone
 from app.ingestion import kafka, marks, report, sources
 from app.ingestion.finalisation import Outcome
 from app.ingestion.history import History
@@ -98,24 +98,29 @@ def follow(config: Config) -> Followed:
 
     Raises:
         SourceError: A source has lost what comes next, or has been away for longer than `follow.max_outage_s`.
-        TableChanged: For as long, no micro-batch could be compared with the table: a file of it is lost.
+        TableFilesGone: For as long, no micro-batch could be compared with the table: a file of it is lost.
         StageRefused: Too many records broke a rule.
     """
     settings = config.ingestion.follow
     followed, history = Followed(), History(config)
-    outage = _Outage(settings.max_outage_s)
+    outage, loss = _Outage(settings.max_outage_s), _Outage(settings.max_outage_s)
     with _stopped_by_sigterm() as stop:
         while not stop.is_set():
             started_s = time.monotonic()
             try:
                 more = _batch(config, followed, history)
                 outage.over()
+                loss.over()
             except SourceUnavailable as error:
                 stop.wait(outage.wait_s(error))
                 continue
-            except TableChanged as error:
+            except TableFilesGone as error:
                 history = History(config)
-                stop.wait(outage.wait_s(error))
+                stop.wait(loss.wait_s(error))
+                continue
+            except TableChanged:
+                logger.info("another writer committed meanwhile: the micro-batch is read again")
+                history = History(config)
                 continue
             if settings.max_batches and followed.batches >= settings.max_batches:
                 break
@@ -177,7 +182,7 @@ class _Outage:
     def over(self) -> None:
         self._since_s, self._next_s = None, FIRST_RETRY_S
 
-    def wait_s(self, error: SourceUnavailable | TableChanged) -> float:
+    def wait_s(self, error: SourceUnavailable | TableFilesGone) -> float:
         """Raises the error once it has lasted too long."""
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from app import cluster, tables
 from app.config import Config
 from app.drift import Sketch
-from app.errors import RegistryError, TableChanged
+from app.errors import RegistryError, TableFilesGone
 from app.ingestion.anomalies import FEATURES, Baseline, features
 from app.ingestion.decision import held_keys
 from app.ingestion.imputation import Imputer
@@ -48,7 +48,7 @@ class History:
     def keys(self, table: "Table") -> list[Any]:
         """References to tables of `HELD` with a `minhash` column: of all that the table holds, as it was opened.
 
-        Reading one raises `TableChanged` if maintenance has removed a file meanwhile; a new `History` is needed then.
+        Reading one raises `TableFilesGone` if maintenance has removed a file meanwhile; a new `History` is needed then.
         """
         files = _data_files(table)
         self._keys = [(group, keys) for group, keys in self._keys if files.keys() >= set(group)]
@@ -130,8 +130,8 @@ def _keys_of(scan: "ArrowScan", tasks: "Sequence[FileScanTask]") -> pa.Table:
     return held_keys(rows).append_column("minhash", rows["minhash"])
 
 
-def _gone(error: FileNotFoundError) -> TableChanged:
-    return TableChanged(
+def _gone(error: FileNotFoundError) -> TableFilesGone:
+    return TableFilesGone(
         f"files of the table were removed while an ingest compared with them ({error}); nothing was added",
         "run the job again; if it says so again, no maintenance has removed them and the file is lost: restore it, or "
         "roll back to a version without it",
@@ -142,7 +142,7 @@ def held_refusals(table: "Table") -> np.ndarray:
     """The first 64 bits of the hashes of all refusals that the quarantine table holds, sorted.
 
     Raises:
-        TableChanged: Another job has removed a file of it since it was opened.
+        TableFilesGone: Another job has removed a file of it since it was opened.
     """
     if table.current_snapshot() is None:
         return np.empty(0, np.uint64)

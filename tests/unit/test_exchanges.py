@@ -1,8 +1,6 @@
 """The product's own traffic as a source, from a log that was written as serving writes it."""
 
 import json
-import os
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -113,8 +111,11 @@ def test_the_log_is_read_again_when_it_has_grown_by_an_exchange_or_a_judgement(s
     logged(store, turn(1, "hello", "hi"))
     marks = dict(mark for part in parts_of(config(store), {}) if (mark := mark_of(config(store), part)))
     assert parts_of(config(store), marks) == []
-    logged(store, feedback(1, rating=-1), writer="later")
+    logged(store, turn(2, "other", "hi", received_at=datetime.now(UTC).isoformat()), writer="later")
+    assert parts_of(config(store, settle_s=600), marks) == [], "nothing more is to be read"
     assert len(parts_of(config(store), marks)) == 1
+    logged(store, feedback(1, intent="refund"), writer="last")
+    assert len(parts_of(config(store, settle_s=600), marks)) == 1
 
 
 @pytest.mark.parametrize("records", [[], [feedback(1, rating=1)]])
@@ -145,9 +146,7 @@ def test_a_conversation_counts_once_it_has_been_silent_for_a_while(store: str) -
     assert len(marks) == 1
     logged(store, turn(4, "later", "yes", received_at=now.isoformat()), writer="later")
     assert parts_of(settings, marks) == [], "nothing more is silent for long enough"
-    for file in Path(store).rglob("*.jsonl"):
-        os.utime(file, (time.time() - 3_600,) * 2)
-    assert len(parts_of(settings, marks)) == 1, "what waited would be lost"
+    assert len(parts_of(config(store, settle_s=60), marks)) == 1, "what waited would be lost"
 
 
 def test_a_log_of_conversations_that_go_on_is_not_read_yet(store: str) -> None:

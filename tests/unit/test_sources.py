@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastavro
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -394,6 +395,17 @@ def test_of_an_arrow_file_only_the_rows_that_are_no_text_are_refused(format: str
     content = path.read_bytes().replace(b"second", b"\xff\xfecond")
     found = [problem for piece in read_arrow(pa.BufferReader(content), ONE_TURN, 10) for problem in piece.problems]
     assert found == [None, "invalid_encoding"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_arrow_file_with_arrows_own_extension_types_is_read(nested: bool, tmp_path: Path) -> None:
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((2, 2, 2), np.float32))
+    extra = pa.StructArray.from_arrays([tensors, pa.array(["a", "b"])], ["t", "s"]) if nested else tensors
+    table = pa.table({"q": ["first", "second"], "a": ["x", "y"], "extra": extra})
+    with pa.ipc.new_file(str(tmp_path / "a"), table.schema) as writer:
+        writer.write_table(table)
+    found = [raw for piece in read_arrow(pa.OSFile(str(tmp_path / "a")), ONE_TURN, 10) for raw in piece.raw]
+    assert [json.loads(raw)["q"] for raw in found] == ["first", "second"]
 
 
 class Payload:
