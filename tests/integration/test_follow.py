@@ -25,7 +25,7 @@ from confluent_kafka import Producer
 
 from app import tables
 from app.config import Config
-from app.errors import SourceError, SourceUnavailable, StageRefused
+from app.errors import SourceError, SourceUnavailable, StageRefused, TableFilesGone
 from app.ingestion import follow as stream
 from app.ingestion import kafka, marks
 from app.ingestion.follow import _Outage, follow
@@ -485,6 +485,17 @@ def test_new_files_are_followed_too(store: str, tmp_path: Path, brokers: Brokers
     followed = follow(following(config, 1))
     assert followed.figures["records_read"] == 2
     assert held(config) == ["n1", "n2", "n3"]
+
+
+def test_a_data_file_that_is_lost_ends_the_stream_after_a_while(store: str, brokers: Brokers) -> None:
+    config = configured(store, brokers)
+    brokers.send(messages(1, 2))
+    ingest(config)
+    for file in Path(store).rglob("conversations/data/*.parquet"):
+        file.unlink()
+    brokers.send(messages(3))
+    with pytest.raises(TableFilesGone, match="the file is lost"):
+        follow(following(config, 1, max_outage_s=0.5))
 
 
 def test_a_folder_without_files_and_a_file_that_is_still_written_are_waited_for(

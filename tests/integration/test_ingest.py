@@ -657,6 +657,20 @@ def test_an_ingest_whose_history_is_removed_meanwhile_adds_nothing(
         ingest(config)
 
 
+def test_a_batch_that_brings_nothing_leaves_the_versions_report(store: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(as_jsonl(conversations(20)))
+    config = files(store, {"uri": str(folder), "format": "jsonl"})
+    first = ingest(config)
+    (folder / "b.jsonl").write_bytes(as_jsonl(conversations(20)))
+    again = ingest(config)
+    assert (again.added, again.version) == (False, first.version)
+    reports = Path(store) / "reports" / "ingest"
+    assert json.loads((reports / str(first.version.snapshot_id) / "report.json").read_text())["records_kept"] == 20
+    assert len(list(reports.glob("nothing-new-*/report.html"))) == 1
+
+
 def test_a_missing_source_ends_the_job_with_1(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = 'ingestion.sources=[{"uri": "/nowhere/at/all.jsonl", "format": "jsonl"}]'
     assert JOB.main(["--config", str(config_file), "--set", source]) == 1
