@@ -588,13 +588,12 @@ def _explain(problem: ErrorDetails, where: Any) -> str:
     """One sentence: file and line, key, what is wrong, what is allowed."""
     # Of a setting that may be one thing or another, pydantic names the alternative as well.
     location = [part for part in problem["loc"] if not str(part).startswith(("constrained-", "tuple["))]
+    is_unknown_name = "[key]" in location  # in a mapping from a few names
+    if is_unknown_name:
+        location = location[: location.index("[key]")]
     key = ".".join(str(part) for part in location)
     place = f"{where(key)}: {key}"
-    if problem["type"] == "extra_forbidden" or "[key]" in location:
-        if "[key]" in location:  # of a mapping from a few names
-            location = location[: location.index("[key]")]
-            key = ".".join(str(part) for part in location)
-            place = f"{where(key)}: {key}"
+    if problem["type"] == "extra_forbidden" or is_unknown_name:
         allowed = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""

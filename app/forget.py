@@ -105,24 +105,20 @@ def forget(config: Config, ids: Collection[str], settings: MaintenanceConfig, dr
         found.append(_forget_in(config, table, sought, settings, dry_run))
     conversations = found[-1]
     unknown = sorted(sought.ids - conversations.found)
-    packs = _packs(config, conversations, dry_run)
-    return Outcome(found[::-1], unknown, packs, _out_of_reach(config, sought, conversations, found, packs))
-
-
-def _packs(config: Config, conversations: Forgotten, dry_run: bool) -> list[str]:
-    """Remove the tokens of versions that are gone, and of preference pairs, which are made anew when they are needed.
-
-    Also where nothing was found: an earlier run may have been killed after the versions had gone.
-    """
-    packs = leftovers.packs_of_versions_gone(config, conversations.expired) + leftovers.packs_of_pairs(config)
+    # Also where nothing was found: an earlier run may have been killed after the versions had gone. Tokens of
+    # preference pairs are made anew when they are needed.
+    packs = leftovers.packs(config, conversations.expired)
+    removed = sorted(packs.gone + packs.pairs)
     if not dry_run:
-        for pack in packs:
+        for pack in removed:
             Storage(config.storage.uri).remove(PACKED, pack)
-    return sorted(packs)
+    away = _out_of_reach(config, sought, conversations, found, removed, packs.unfinished)
+    return Outcome(found[::-1], unknown, removed, away)
 
 
 def _out_of_reach(
-    config: Config, sought: Sought, conversations: Forgotten, found: Sequence[Forgotten], packs: Sequence[str]
+    config: Config, sought: Sought, conversations: Forgotten, found: Sequence[Forgotten], packs: Sequence[str],
+    unfinished: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     exports = sorted({uri for entry in found for uri in _exports(config, entry)})
     location = open_table(config.storage, conversations.table).location()
@@ -141,7 +137,7 @@ def _out_of_reach(
             "blocks of ingests that run or were killed: jobs.maintain removes them once they are old enough",
         ),
         "packings": (
-            leftovers.unfinished_packs(config),
+            unfinished,
             "tokens of a training that packs them now or was killed at it: jobs.maintain removes them once they are "
             "old enough",
         ),

@@ -9,6 +9,7 @@ packed tokens of versions that are gone.
 import json
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from pyarrow import fs
 
@@ -34,7 +35,8 @@ def leftovers(config: Config, settings: MaintenanceConfig, dry_run: bool = False
     named = set(_named(config))
     folders: list[tuple[str, ...]] = [(STAGING, name) for name in storage.list(STAGING)]
     folders += [(*REPORTS, name) for name in _reports_of_versions_gone(config)]
-    folders += [(PACKED, name) for name in (*packs_of_versions_gone(config), *unfinished_packs(config))]
+    made = packs(config)
+    folders += [(PACKED, name) for name in (*made.gone, *made.unfinished)]
     found = {folder: storage.files(*folder) for folder in folders}
     old = {folder: files for folder, files in found.items() if all(_is_old(file, before_ns) for file in files)}
     marks = [file for file in storage.files(INGESTED) if file.base_name not in named and _is_old(file, before_ns)]
@@ -49,8 +51,20 @@ def leftovers(config: Config, settings: MaintenanceConfig, dry_run: bool = False
     return done
 
 
-def packs_of_versions_gone(config: Config, going: Collection[int] = ()) -> list[str]:
-    """Names of packed tokens, below `packed/`, of versions of the conversations that are not there any more.
+@dataclass(frozen=True)
+class Packs:
+    """Names of packed tokens below `packed/`; those of versions that are there are not among them."""
+
+    gone: list[str]
+    """Of versions of the conversations that are not there any more."""
+    pairs: list[str]
+    """Of preference pairs, which were made of logs and files and not of a version."""
+    unfinished: list[str]
+    """Of a training that packs them now, or was killed at it."""
+
+
+def packs(config: Config, going: Collection[int] = ()) -> Packs:
+    """What is packed and no version needs.
 
     Args:
         config: Names the table.
@@ -61,24 +75,16 @@ def packs_of_versions_gone(config: Config, going: Collection[int] = ()) -> list[
     """
     storage, name = Storage(config.storage.uri), config.ingestion.table
     there = _versions(config) - {str(snapshot_id) for snapshot_id in going}
-    made_of = {pack: _made_of(storage, pack) for pack in storage.list(PACKED)}
-    return [
-        pack
-        for pack, version in made_of.items()
-        if version is not None and version.get("table") == name and str(version["snapshot_id"]) not in there
-    ]
-
-
-def packs_of_pairs(config: Config) -> list[str]:
-    """Names of packed preference pairs, which were made of logs and files and not of a version."""
-    storage = Storage(config.storage.uri)
-    return [pack for pack in storage.list(PACKED) if _made_of(storage, pack) == {}]
-
-
-def unfinished_packs(config: Config) -> list[str]:
-    """Names of packed tokens of a training that packs them now, or was killed at it."""
-    storage = Storage(config.storage.uri)
-    return [pack for pack in storage.list(PACKED) if _made_of(storage, pack) is None]
+    found = Packs([], [], [])
+    for pack in storage.list(PACKED):
+        version = _made_of(storage, pack)
+        if version is None:
+            found.unfinished.append(pack)
+        elif not version:
+            found.pairs.append(pack)
+        elif version.get("table") == name and str(version["snapshot_id"]) not in there:
+            found.gone.append(pack)
+    return found
 
 
 def _made_of(storage: Storage, pack: str) -> dict[str, object] | None:

@@ -201,20 +201,14 @@ def read_feedback(storage: Storage, since: datetime.datetime | None = None) -> I
         yield record
 
 
-def files(storage: Storage) -> list[tuple[str, int]]:
-    """The log's files and their sizes.
+def size_bytes(storage: Storage) -> int:
+    """Of the log's files.
 
     Raises:
         StorageError: The log cannot be listed.
     """
-    found = []
-    for folder in _FOLDERS.values():
-        found += [
-            (f"{folder}/{info.base_name}", info.size)
-            for info in _listed(storage, folder)
-            if _SEGMENT.match(info.base_name)
-        ]
-    return sorted(found)
+    found = (info for folder in _FOLDERS.values() for info in _listed(storage, folder))
+    return sum(info.size for info in found if _SEGMENT.match(info.base_name))
 
 
 def _listed(storage: Storage, folder: str) -> list[fs.FileInfo]:

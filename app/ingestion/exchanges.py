@@ -32,17 +32,12 @@ class TrafficPart:
     uri: str
     source: int
     storage: Storage
-    files: tuple[tuple[str, int], ...]
-    """Names and sizes of the log's files, of exchanges and of feedback."""
+    size_bytes: int
+    """Of the log's files."""
     before_s: float
     """Conversations that were silent from then on, in seconds since 1970, count."""
     state: str
     """Another one once there is more to read."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the log's files."""
-        return sum(size for _, size in self.files)
 
     @property
     def arrived_at(self) -> None:
@@ -69,8 +64,8 @@ def parts(source: SourceConfig, index: int, storage: Storage) -> list[TrafficPar
         (exchange.response_id, feedback.received_at if feedback else None)
         for _, exchange, feedback in settled(storage, before_s)
     ]
-    files = tuple(traffic.files(storage))
-    return [TrafficPart(source.identity, index, storage, files, before_s, digest(state))] if state else []
+    size_bytes = traffic.size_bytes(storage)
+    return [TrafficPart(source.identity, index, storage, size_bytes, before_s, digest(state))] if state else []
 
 
 def read(storage: Storage, batch_rows: int, before_s: float) -> Iterator[Piece]:
