@@ -1,12 +1,22 @@
 """Work on the Ray cluster whose errors reach the caller as they were raised."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from app.errors import ClusterError, RayloopError, StageFailed
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+NAMESPACE = "rayloop"
+"""Of actors that another job is to find."""
+CLAIM_S = 30.0
+"""For so long Ray may take a process, or its node, for alive that is not."""
 
 
 def submit(work: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, memory_bytes: int = 0) -> Any:
@@ -52,6 +62,60 @@ def collect(tasks: Sequence[Any]) -> list[Any]:
     except RayError as error:
         raise StageFailed(f"a task was lost ({type(error).__name__}: {error})", "submit the job again") from error
     return results
+
+
+@contextmanager
+def claimed(what: str, job: str) -> Iterator[None]:
+    """Hold something that one job works on at a time, until the way out or the end of this process.
+
+    Raises:
+        ClusterError: Another job of this cluster holds it, and still does after CLAIM_S.
+    """
+    import ray
+    from ray.exceptions import ActorAlreadyExistsError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    until_s, told = time.monotonic() + CLAIM_S, False
+    actor: Any = ray.remote(_Holder).options(name=what, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
+    while True:
+        try:
+            holder = actor.remote(job)
+            break
+        except ActorAlreadyExistsError as error:
+            if not told:
+                logger.warning("%s: another job works on it; waiting for its end", what)
+                told = True
+            if time.monotonic() > until_s:
+                raise ClusterError(
+                    f"job {_holder_of(what)} works on {what}", "wait for its end or stop it, then submit this one again"
+                ) from error
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        ray.kill(holder)
+
+
+class _Holder:
+    """An actor whose name is what a job works on; it ends with the job's driver."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+
+    def job(self) -> str:
+        return self._job
+
+
+def _holder_of(what: str) -> str:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        holder: Any = ray.get_actor(what, namespace=NAMESPACE)
+        return str(ray.get(holder.job.remote(), timeout=5))
+    except (ValueError, RayError):
+        return "(another)"
 
 
 def cpus() -> float:

@@ -61,6 +61,7 @@ class RegistryConfig(Section):
     """MLflow experiment that runs appear in."""
 
 
+GRADIENT_CLIPPING = 1.0
 HOW_A_RUN_IS_COMPUTED = (
     "num_workers",
     "resize_interval_s",
@@ -155,7 +156,7 @@ class TrainingConfig(Section):
     """Micro batches added up before a step."""
     global_batch_size: Count | None = None
     """Blocks that a step learns from; none: (most) workers x micro batch x accumulation, as the run began. On another
-    number of workers the accumulation changes instead."""
+    number of workers the accumulation changes instead; where they do not divide, some micro batches are smaller."""
     max_steps: Count = 300
     """Optimizer steps in all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -171,8 +172,8 @@ class TrainingConfig(Section):
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay of matrices and embeddings."""
-    gradient_clipping: Positive = 1.0
-    """Largest gradient norm."""
+    gradient_clipping: Positive = GRADIENT_CLIPPING
+    """Largest gradient norm; with muon, whose update does not depend on it, nothing is clipped."""
     report_every_steps: Count = 100
     """Steps between validations; each leaves a checkpoint with a usable model in it."""
     validation_blocks: Count = 64
@@ -218,10 +219,9 @@ class TrainingConfig(Section):
     def _consistent(self) -> "TrainingConfig":
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers is [fewest, most], got {list(self.num_workers)}")  # type: ignore[arg-type]
-        if self.global_batch_size and self.global_batch_size % self.micro_batch_size:
+        if self.blocks_per_step * self.workers_per_batch < self.max_workers:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of "
-                f"micro_batch_size={self.micro_batch_size}: a step takes whole micro batches"
+                f"global_batch_size={self.global_batch_size} has no block for each of num_workers={self.num_workers}"
             )
         return self
 
@@ -297,6 +297,21 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"attention={self.attention} and sequence_parallel_size={sequence} exclude each other: DeepSpeed 0.19 "
                 "would make a mask that forgets where conversations end; set attention=auto"
+            )
+        if (self.adam_kernel, self.precision, self.zero_stage) == ("deepspeed", "bf16", 0):
+            raise ValueError(
+                "adam_kernel=deepspeed with precision=bf16 and zero_stage=0 has no checkpoints: DeepSpeed 0.19 keeps "
+                "its weights flat there; use zero_stage 1 to 3, or adam_kernel=fused"
+            )
+        if self.attention == "flash" and self.micro_batch_size > 1:
+            raise ValueError(
+                f"attention=flash needs micro_batch_size=1, got {self.micro_batch_size}: transformers 5 tells packed "
+                "conversations apart in a single block only; raise block_tokens instead"
+            )
+        if self.optimizer == "muon" and self.gradient_clipping != GRADIENT_CLIPPING:
+            raise ValueError(
+                f"gradient_clipping={self.gradient_clipping} has no effect with optimizer=muon, whose update takes the "
+                "gradient's place before DeepSpeed 0.19 clips: leave it out"
             )
         if self.adam_kernel != "torch" and self.optimizer == "muon":
             raise ValueError(f"adam_kernel={self.adam_kernel} is for optimizer=adamw; DeepSpeed's Muon has its own")

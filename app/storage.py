@@ -188,19 +188,34 @@ class Storage:
         except OSError as error:
             raise StorageError(f"cannot remove {self.uri(*parts)} ({error})") from error
 
+    def remove_file(self, *parts: str) -> None:
+        """Remove a file that is there.
+
+        Raises:
+            StorageError: It cannot be removed.
+        """
+        try:
+            self.filesystem.delete_file(self.path(*parts))
+        except OSError as error:
+            raise StorageError(f"cannot remove {self.uri(*parts)} ({error})") from error
+
     def add(self, folder: Path, *parts: str) -> str:
         """Copy the files of a local folder into one below the root, to what is there already; returns its URI.
 
         Raises:
-            StorageError: They cannot be written.
+            StorageError: They cannot be written; none of them is left, and what else is there stays.
         """
         target = self.path(*parts)
+        files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
         try:
             self.filesystem.create_dir(target, recursive=True)
             fs.copy_files(str(folder), target, destination_filesystem=self.filesystem)
             if self.is_local:
-                _sync(Path(target), [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()])
+                _sync(Path(target), files)
         except OSError as error:
+            for file in files:
+                with contextlib.suppress(OSError):  # one that was not written
+                    self.filesystem.delete_file(f"{target}/{file}")
             raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
         return self.uri(*parts)
 

@@ -13,6 +13,10 @@ PERTURBED = (
 """What a run under way looks up at each step, so that it may change when the run goes on from a checkpoint."""
 
 
+FASTER = "tokens_per_s"
+"""The metric of which more is better."""
+
+
 class DimensionConfig(Section):
     """One dimension of a search."""
 
@@ -58,8 +62,8 @@ class ObjectiveConfig(Section):
 
     name: Literal["validation_loss", "perplexity", "training_loss", "tokens_per_s"]
     """Metric that a trial reports."""
-    mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    mode: Literal["min", "max"] = Field(default_factory=lambda given: "max" if given.get("name") == FASTER else "min")
+    """Whether less or more of it is better; by default more tokens_per_s, and less of the others."""
 
 
 class TuningConfig(Section):

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"checkpoint_\d")
-"""How Ray Train's folders begin; the rest is a time, so names sort by age. Its own records begin otherwise."""
+"""How Ray Train's folders begin; the rest is a time of day where worker 0 was. Its own records begin otherwise."""
 SCORED_BLOCKS = 4
 """Held-out blocks that a checkpoint's model is scored on."""
 SCORE_TOLERANCE = 0.02
@@ -109,9 +110,10 @@ class Snapshot:
 
 
 def snapshot(
-    engine: Any, tokenizer: Any, position: Position, blocks_per_step: int, metrics: dict[str, float], score: Score
+    engine: Any, tokenizer: Any, position: Position, run: dict[str, Any], metrics: dict[str, float], score: Score
 ) -> Snapshot:
-    """What this worker has to write of a checkpoint; all workers call this at once."""
+    """What this worker has to write of a checkpoint; all workers call this at once. `run` is what else is to be known
+    of the run to go on, as JSON."""
     import torch.distributed as dist
 
     from app.training import pieces
@@ -120,7 +122,7 @@ def snapshot(
     whole = _whole_weights(engine)
     state = {
         "workers": dist.get_world_size(),
-        "blocks_per_step": blocks_per_step,
+        **run,
         "position": asdict(position),
         "metrics": metrics,
     }
@@ -173,10 +175,9 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def whole(storage: Storage, run: str) -> Iterator[str]:
-    """The URIs of the whole checkpoints in the folder `run` below a root, the newest first."""
-    for name in reversed(storage.list(run)):
-        if not FOLDER.match(name):
-            continue
+    """The URIs of the whole checkpoints in the folder `run` below a root, the newest first: those of later steps, of
+    the same step the one with the later name."""
+    for name in _newest_first(storage, run):
         uri = storage.uri(run, name)
         with local_folder(uri) as folder:
             damage = damaged(folder)
@@ -201,8 +202,32 @@ def best_whole(storage: Storage, run: str) -> str | None:
     return min(whole(storage, run), key=loss, default=None)
 
 
+def _newest_first(storage: Storage, run: str) -> list[str]:
+    names = [name for name in storage.list(run) if FOLDER.match(name)]
+    return sorted(names, key=lambda name: (_read(storage, run, name)[0], name), reverse=True)
+
+
+def _read(storage: Storage, *folder: str) -> tuple[int, float]:
+    """Step and validation loss of a checkpoint, without looking at the rest of it; the worst of both if it is spoilt,
+    which `damaged` says."""
+    try:
+        found = json.loads(storage.read(*folder, "state.json"))
+        return int(found["position"]["step"]), float(found["metrics"]["validation_loss"])
+    except (StorageError, ValueError, KeyError, TypeError):
+        return -1, math.inf
+
+
+def keep_best(storage: Storage, run: str, keep: int) -> None:
+    """Remove checkpoints that are neither the newest nor among so many with the lowest validation loss."""
+    newest_first = _newest_first(storage, run)
+    by_loss = sorted(newest_first, key=lambda name: _read(storage, run, name)[1])
+    for name in by_loss[keep:]:
+        if name != newest_first[0]:
+            storage.remove(run, name)
+
+
 def remove_unfinished(storage: Storage, run: str) -> None:
-    """Remove what was cut short of checkpoints that nobody writes any more: Ray Train has never heard of them."""
+    """Remove what was cut short of checkpoints that nobody writes any more."""
     for name in storage.list(run):
         if FOLDER.match(name) and not is_finished(storage, run, name):
             logger.warning("%s was cut short and is removed", storage.uri(run, name))

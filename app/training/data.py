@@ -8,6 +8,7 @@ time: so the order of a run is one endless sequence that follows from the seed a
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -25,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
+from pyarrow import fs
 
 from app import cluster, conversation, tables, tokenization
 from app import model as models
 from app.config import Config
 from app.errors import StageFailed, StorageError
+from app.filesystems import open_uri
 from app.storage import PACKED_MANIFEST, UNUSED_S, Storage, local_folder, node_cache
 from app.training import packing
 from app.training.base_model import is_remote, source
@@ -121,7 +123,7 @@ def blocks(config: Config, table: TableVersion, tokenizer: "PreTrainedTokenizerB
     )
 
 
-def write(dataset: "ray.data.Dataset", folder: str, filesystem: FileSystem) -> "tuple[WrittenFile, ...]":
+def write(dataset: "ray.data.Dataset", folder: str, filesystem: fs.FileSystem) -> "tuple[WrittenFile, ...]":
     """Write packed blocks as Parquet files below a folder; returns the files in the order of the blocks."""
     from app.datasource import ParquetFiles
 
@@ -377,10 +379,20 @@ def _base_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
 
 
 def _fingerprint(base_model: str) -> Any:
-    """What tells one base model from another: its files, or its hub id or URI."""
+    """What tells one base model from another: its files' content, on a store their times; or its hub id."""
     if is_remote(base_model):
-        return base_model
+        filesystem, path = open_uri(base_model)
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        return sorted([info.path, info.size, info.mtime_ns] for info in infos if info.type == fs.FileType.File)
     folder = Path(source(base_model))
     if not folder.is_dir():
         return base_model
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [[str(file.relative_to(folder)), _content_digest(str(file), file.stat().st_mtime_ns)] for file in files]
+
+
+@functools.lru_cache(maxsize=256)
+def _content_digest(file: str, mtime_ns: int) -> str:
+    """Of a file as it was at that time."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

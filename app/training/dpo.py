@@ -63,8 +63,17 @@ def losses(margins_p: torch.Tensor) -> torch.Tensor:
 
 
 def loss(engine: Any, batch: Batch, beta: float) -> torch.Tensor:
-    """Mean loss of the pairs of a micro batch."""
-    return losses(reward_margins(engine, batch, beta)).mean()
+    """Summed loss of the pairs of a micro batch."""
+    return losses(reward_margins(engine, batch, beta)).sum()
+
+
+def pairs_in(batch: Batch) -> int:
+    """How many pairs a batch has, of which something is learned."""
+    learned_bt = batch["labels"] != NOT_LEARNED
+    learned_bt[:, 0] = False
+    return sum(
+        len(np.unique(np.abs(pair_t[learned_t]))) for pair_t, learned_t in zip(batch["pair"], learned_bt, strict=True)
+    )
 
 
 def validate(engine: Any, batches: Iterable[Batch], beta: float) -> dict[str, float]:

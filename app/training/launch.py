@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import logging
 import os
 import threading
@@ -13,9 +14,11 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from app import cluster
 from app import model as models
 from app.config import Config, TrainingConfig
 from app.errors import ClusterError, ModelError, RayloopError, StageFailed
+from app.job import job_id
 from app.storage import Storage
 from app.training import adapters, attention, checkpoint, data, loss, preference_blocks
 from app.training.base_model import source
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train 2.60 keeps which checkpoints there are, in a run's folder."""
 _RESUBMIT = "a job submitted again goes on from the last checkpoint"
 
 
@@ -50,6 +55,19 @@ def run_training(
         ClusterError: The cluster can never hold the workers.
         StageFailed: Workers failed more often than `training.max_failures`, or the loss is bad.
     """
+    # Two jobs would remove each other's checkpoints.
+    with cluster.claimed(Storage(storage_path).uri(run_name), job_id()):
+        return _run_training(config, table, storage_path, run_name, callbacks, report)
+
+
+def _run_training(
+    config: Config,
+    table: TableVersion,
+    storage_path: str,
+    run_name: str,
+    callbacks: Sequence[Any],
+    report: Callable[[Event], None] | None,
+) -> "Result":
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -91,15 +109,18 @@ def run_training(
         # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
         told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
         run: Any = functools.partial(work, told)
-        checkpoint.remove_unfinished(storage, run_name)
         for failures in itertools.count(1):
+            _tidy(storage, run_name, training.keep_checkpoints)
             trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
             try:
                 result: Any = trainer.fit()
                 break
             except TrainingFailedError as error:
+                _tidy(storage, run_name, training.keep_checkpoints)
                 raise _explained(error, training) from error
             except RayActorError as error:  # the controller, and with it its workers
+                if error.actor_init_failed:
+                    raise StageFailed(f"training's controller cannot start ({error})", "see its cause there") from error
                 if 0 <= training.max_failures < failures:
                     raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
                 logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
@@ -107,6 +128,24 @@ def run_training(
         raise result.return_value
     ended: Result = result
     return ended
+
+
+def _tidy(storage: Storage, run_name: str, keep: int) -> None:
+    """Remove what was cut short of checkpoints that nobody writes any more. Ray Train's own record goes too where it
+    names one that is gone, or was cut short itself: with such a one it would never start again."""
+    checkpoint.remove_unfinished(storage, run_name)
+    if not storage.exists(run_name, SNAPSHOT):
+        return
+    try:
+        known = json.loads(storage.read(run_name, SNAPSHOT))["checkpoint_results"]
+        lost = {entry["checkpoint_dir_name"] for entry in known} - set(storage.list(run_name))
+        why = f"{', '.join(sorted(lost))}, which it names, is gone" if lost else ""
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"it is damaged ({error})"
+    if why:
+        logger.warning("%s is set aside: %s", storage.uri(run_name, SNAPSHOT), why)
+        storage.remove_file(run_name, SNAPSHOT)
+        checkpoint.keep_best(storage, run_name, keep)
 
 
 def check_base_model(config: Config) -> None:

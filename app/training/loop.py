@@ -3,11 +3,8 @@
 It runs wherever torch.distributed is set up: under Ray Train, or under torchrun and deepspeed (standalone.py).
 """
 
-import logging
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,27 +17,18 @@ import torch.distributed as dist
 
 from app.config import TrainingConfig
 from app.errors import StageFailed
-from app.training import attention, checkpoint, dpo, loss, parallel
+from app.training import bad_losses, checkpoint, dpo, loss
+from app.training.bad_losses import Losses
 from app.training.checkpoint import Position, Score, Snapshot
-from app.training.deepspeed_config import deepspeed_config, learning_rate
+from app.training.deepspeed_config import learning_rate
+from app.training.engine import start_engine
 from app.training.packing import NOT_LEARNED, tokens_in
 from app.training.parallel import Batch, Group
 from app.training.utilisation import Utilisation
 
-logger = logging.getLogger(__name__)
-
 Take = Callable[[int, int], Batch]
 """The blocks of a run's sequence from a place on, so many: the same ones on every worker, and without end."""
 
-LOSSES = 50
-"""Steps whose median a loss is compared with."""
-FEW_LOSSES = 10
-"""Fewer of them say little yet."""
-JUMP_NATS = 1.0
-"""A jump is at least as high: near zero a loss may well be many times another."""
-_REMEDY = "lower training.learning_rate; the run goes on from its last checkpoint when it is submitted again"
-ATTENTION = {"flex": "flex_attention", "flash": "flash_attention_2"}
-"""What transformers calls them."""
 NOTICE_INTERVAL_S = 5.0
 """About the seconds between two looks at whether a worker's node is about to go, which take some milliseconds."""
 
@@ -80,13 +68,14 @@ def run(
         StageFailed: The loss is bad, and it is to be met by stopping, or cannot be met otherwise. Raised by all
             workers alike.
     """
-    blocks_per_step = checkpoint.state(resume)["blocks_per_step"] if resume else training.blocks_per_step
-    training = _on_so_many_workers(training, blocks_per_step, Group.of(training).groups)
+    begun = checkpoint.state(resume) if resume else None
+    blocks_per_step = begun["blocks_per_step"] if begun else training.blocks_per_step
+    training = on_so_many_workers(training, blocks_per_step, Group.of(training).groups)
     engine = start_engine(model, training)
     computed = Computed(engine, training)
     position = checkpoint.restore(engine, resume) if resume else Position()
-    stream = _Stream(take, training, position.blocks)
-    losses = _Losses(training)
+    stream = Stream(take, training, position.blocks)
+    losses = Losses(training, begun["losses"] if begun else None)
     notice = _Notice(hooks, position.step, engine.device)
     meter = _Meter(position)
     usage = Utilisation(engine, training) if dist.get_rank() == 0 else None
@@ -102,8 +91,8 @@ def run(
                 hooks.bad_loss({"step": position.step + 1, "loss": done.loss, "action": training.on_bad_loss})
             losses.meet(done.loss, position.step + 1, began)
             if training.on_bad_loss == "roll_back":
-                position = _rolled_back(engine, hooks, done.loss, position.step + 1)
-                stream = _Stream(take, training, position.blocks)
+                position = _rolled_back(engine, hooks, losses, done.loss, position.step + 1)
+                stream = Stream(take, training, position.blocks)
                 meter = _Meter(position)
                 continue
         else:
@@ -116,7 +105,7 @@ def run(
                 "loss": done.loss,
                 "learning_rate": rate,
                 **_gradient_norm(engine, training),
-                "step_s": done.seconds,
+                "step_s": meter.lap_s(),
             }
             hooks.step({"step": position.step, **values, **speed, **usage.figures(speed["tokens_per_s"])})
         ends = position.step == training.max_steps
@@ -129,91 +118,29 @@ def run(
             if checkpoints and math.isfinite(metrics["validation_loss"]):
                 few = {name: column[: checkpoint.SCORED_BLOCKS] for name, column in validation.items()}
                 score = Score(few, math.exp(computed.validation_loss(few, training.micro_batch_size)))
-                part = checkpoint.snapshot(engine, tokenizer, position, blocks_per_step, metrics, score)
+                run = {"blocks_per_step": blocks_per_step, "losses": losses.state()}
+                part = checkpoint.snapshot(engine, tokenizer, position, run, metrics, score)
             elif ends and checkpoints:
-                raise StageFailed("the validation loss at the end is not finite", _REMEDY)
+                raise StageFailed("the validation loss at the end is not finite", bad_losses.REMEDY)
             hooks.report(metrics, part)
             meter = _Meter(position)
 
 
-def _on_so_many_workers(training: TrainingConfig, blocks_per_step: int, workers: int) -> TrainingConfig:
-    """The settings with which so many workers, or groups of them, learn from so many blocks a step, or nearly so."""
-    at_once = training.micro_batch_size * workers
-    accumulation = max(1, round(blocks_per_step / at_once))
-    if accumulation * at_once != blocks_per_step and dist.get_rank() == 0:
-        logger.warning(
-            "a step learns from %d blocks instead of the %d that this run began with: these do not divide into micro "
-            "batches of %d blocks on %d workers",
-            accumulation * at_once, blocks_per_step, training.micro_batch_size, workers,
-        )  # fmt: skip
-    return training.model_copy(update={"gradient_accumulation_steps": accumulation})
-
-
-def start_engine(model: Any, training: TrainingConfig) -> Any:
-    """A DeepSpeed engine around the model.
+def on_so_many_workers(training: TrainingConfig, blocks_per_step: int, groups: int) -> TrainingConfig:
+    """The settings with which so many workers, or groups of those that compute a batch together, learn from so many
+    blocks a step.
 
     Raises:
-        ModelError: The model cannot be trained with these settings.
-        StageFailed: The node lacks what they need.
+        StageFailed: There is not a block for each.
     """
-    deepspeed = import_deepspeed(training.compile)
-    loss.check(model)
-    if training.offload_parameters == "nvme":
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise StageFailed(
-                "training.offload_parameters=nvme needs libaio and its headers, which are not on this node",
-                "install libaio-dev, or set training.offload_parameters=cpu",
-            )
-    if training.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.attention in ("auto", "varlen") and training.sequence_parallel_size == 1:
-        attention.use(model, training)
-    if training.attention in ATTENTION:
-        try:
-            model.set_attn_implementation(ATTENTION[training.attention])
-        except ImportError as error:
-            raise StageFailed(
-                f"training.attention={training.attention} cannot be had on this node ({error})",
-                "install what it needs, or set training.attention=auto",
-            ) from error
-    mpu = parallel.share_blocks(model, training) if training.sequence_parallel_size > 1 else None
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    decayed = [weight for weight in trained if weight.ndim > 1]
-    plain = [weight for weight in trained if weight.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[group for group in groups if group["params"]],
-        config=deepspeed_config(training, [weight.numel() for weight in model.parameters()]),
-        mpu=mpu,
-    )
-    if training.compile:
-        engine.compile()
-    return engine
-
-
-def import_deepspeed(compiles: bool = False) -> Any:
-    """DeepSpeed, without what a worker has no use for."""
-    import os
-    import sys
-
-    if not (compiles or torch.cuda.is_available()):
-        # Muon is compiled by TorchInductor on first use: 17 s on a CPU, and no faster for it (DeepSpeed 0.19).
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Its autotuner imports MLflow if that is there: 2 s a worker for nothing (DeepSpeed 0.19).
-    hidden = sys.modules.get("mlflow")
-    sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        import deepspeed
-    finally:
-        del sys.modules["mlflow"]
-        if hidden is not None:
-            sys.modules["mlflow"] = hidden
-    # Compiled on first use on a CPU (45 s and a g++), and then used for inference only (DeepSpeed 0.19).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    if blocks_per_step < groups:
+        raise StageFailed(
+            f"a step of this run learns from {blocks_per_step} blocks, which {groups} workers cannot share",
+            f"go on with {blocks_per_step} workers at most (training.num_workers)",
+        )
+    accumulation = math.ceil(blocks_per_step / (training.micro_batch_size * groups))
+    update = {"gradient_accumulation_steps": accumulation, "global_batch_size": blocks_per_step}
+    return training.model_copy(update=update)
 
 
 @dataclass(frozen=True)
@@ -224,9 +151,8 @@ class Done:
     """Mean over the micro batches of all workers."""
     tokens: int
     """That this worker's group read, without padding."""
-    seconds: float
     waited_s: float
-    """For data, of those."""
+    """For data, in seconds."""
 
 
 class Computed:
@@ -247,9 +173,8 @@ class Computed:
     def step(self, stream: Iterator[Batch], micro_batches: int, good: Callable[[float], bool]) -> Done:
         """One optimizer step, unless its loss is not good.
 
-        Every learned token of a step counts as much, whichever micro batch and worker it is in; so does every
-        preference pair of a micro batch. Where the loss is a number and its gradient is none, no step is taken either:
-        that loss is then nan.
+        Every learned token or preference pair of a step counts as much, whichever micro batch and worker it is in.
+        Where the loss is a number and its gradient is none, no step is taken either: that loss is then nan.
         """
         losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         tokens, began_s = 0, time.monotonic()
@@ -274,14 +199,15 @@ class Computed:
         else:
             self.engine.step()
             found = math.nan if getattr(self.engine.optimizer, "overflow", False) else found
-        return Done(found, tokens, time.monotonic() - began_s, waited_s)
+        return Done(found, tokens, waited_s)
 
     def _share(self, batches: list[Batch]) -> float:
-        """What the sum over a micro batch's tokens is multiplied with, so that the mean over micro batches and groups,
-        which DeepSpeed takes, is the mean over all learned tokens of the step."""
-        if self._beta is not None:
-            return 1.0
-        learned = sum(int((batch["labels"][:, 1:] != NOT_LEARNED).sum()) for batch in batches)
+        """What the sum over a micro batch's tokens, or pairs, is multiplied with, so that the mean over micro batches
+        and groups, which DeepSpeed takes, is the mean over all of the step."""
+        if self._beta is None:
+            learned = sum(int((batch["labels"][:, 1:] != NOT_LEARNED).sum()) for batch in batches)
+        else:
+            learned = sum(dpo.pairs_in(batch) for batch in batches)
         counted = torch.tensor(learned, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(counted)
         return len(batches) * self.group.groups * self.group.size / max(1.0, float(counted))
@@ -289,7 +215,7 @@ class Computed:
     def _mean_loss(self, batch: Batch, share: float) -> torch.Tensor:
         """This worker's part of a micro batch's loss: see `step`."""
         if self._beta is not None:
-            return dpo.loss(self.engine, batch, self._beta)
+            return dpo.loss(self.engine, batch, self._beta) * share
         return self.loss(batch)[0] * share
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -357,10 +283,13 @@ def _discard(engine: Any) -> None:
         vars(optimizer).update(before)
 
 
-def _rolled_back(engine: Any, hooks: Hooks, found: float, step: int) -> Position:
+def _rolled_back(engine: Any, hooks: Hooks, losses: Losses, found: float, step: int) -> Position:
     with hooks.newest() as folder:
         if folder is None:
-            raise StageFailed(f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", _REMEDY)
+            raise StageFailed(
+                f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", bad_losses.REMEDY
+            )
+        losses.go_back(checkpoint.state(folder)["losses"])
         return checkpoint.restore(engine, folder)
 
 
@@ -369,15 +298,18 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-class _Stream(Iterator[Batch]):
+class Stream(Iterator[Batch]):
     """This worker's micro batches: the workers, or the groups of those that compute one together, take turns along
-    the sequence, so that a step's blocks lie together."""
+    the sequence, so that a step's blocks lie together. Where these do not divide, some batches have one block less;
+    one that would have none is a block of padding, since all workers compute as many."""
 
     def __init__(self, take: Take, training: TrainingConfig, place: int) -> None:
-        self._take, self._size, self._group = take, training.micro_batch_size, Group.of(training)
-        self._step_blocks = self._size * self._group.groups * training.gradient_accumulation_steps
+        self._take, self._group, self._step_blocks = take, Group.of(training), training.blocks_per_step
+        self._turns = training.gradient_accumulation_steps * self._group.groups
+        """That are taken in a step."""
+        self._turn = self._group.number
         self.place = place
-        """Where the next micro batches begin."""
+        """Where the next step begins, once its micro batches were all taken."""
 
     def next_step(self, left_out: set[int]) -> int:
         """Where the next step begins, past those that begin at a place to be left out."""
@@ -386,47 +318,16 @@ class _Stream(Iterator[Batch]):
         return self.place
 
     def __next__(self) -> Batch:
-        own = self.place + self._group.number * self._size
-        self.place += self._group.groups * self._size
-        return self._take(own, self._size)
-
-
-class _Losses:
-    """Which losses are bad, and what is done about it. Each worker sees the same ones, so all decide alike."""
-
-    def __init__(self, training: TrainingConfig) -> None:
-        self._training = training
-        self._latest: deque[float] = deque(maxlen=LOSSES)
-        self._bad = 0
-        self.left_out: set[int] = set()
-        """Places of the sequence where steps begin that made the run go back."""
-
-    def is_good(self, loss: float) -> bool:
-        """Whether a step with this loss is to be taken."""
-        if not math.isfinite(loss) or len(self._latest) < FEW_LOSSES:
-            return math.isfinite(loss)
-        median = statistics.median(self._latest)
-        return loss <= max(median * self._training.bad_loss_factor, median + JUMP_NATS)
-
-    def add(self, loss: float) -> None:
-        """Remember a good one."""
-        self._latest.append(loss)
-
-    def meet(self, loss: float, step: int, began: int) -> None:
-        """Count the bad loss of a step whose blocks began at a place.
-
-        Raises:
-            StageFailed: It is not to be gone on.
-        """
-        self._bad += 1
-        training, said = self._training, f"the loss at step {step} is {loss:.4g}"
-        logger.warning("%s, the %d. bad one (training.on_bad_loss=%s)", said, self._bad, training.on_bad_loss)
-        if training.on_bad_loss == "stop":
-            raise StageFailed(f"{said} and training.on_bad_loss is stop", _REMEDY)
-        if self._bad > training.max_bad_losses:
-            raise StageFailed(f"{said}, after {training.max_bad_losses} bad ones (training.max_bad_losses)", _REMEDY)
-        if training.on_bad_loss == "roll_back":
-            self.left_out.add(began)
+        first, end = (turn * self._step_blocks // self._turns for turn in (self._turn, self._turn + 1))
+        batch = self._take(self.place + first, max(1, end - first))
+        if first == end:
+            nothing = {"labels": NOT_LEARNED, "position_ids": 0}
+            batch = {**batch, **{name: np.full_like(batch[name], fill) for name, fill in nothing.items()}}
+        self._turn += self._group.groups
+        if self._turn >= self._turns:
+            self._turn = self._group.number
+            self.place += self._step_blocks
+        return batch
 
 
 class _Notice:
@@ -469,7 +370,12 @@ class _Meter:
         self.losses: list[float] = []
         self.tokens = 0
         self.waited_s = 0.0
-        self._started_s = time.monotonic()
+        self._started_s = self._lap_s = time.monotonic()
+
+    def lap_s(self) -> float:
+        """Seconds since the last call."""
+        began_s, self._lap_s = self._lap_s, time.monotonic()
+        return self._lap_s - began_s
 
     def add(self, done: Done) -> None:
         """Count one step."""

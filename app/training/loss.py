@@ -48,7 +48,8 @@ class Head:
             # Its weight is not all here (tensor parallel), or not all of it (an adapter).
             return cross_entropy(self._logits(hidden_LD).float(), targets_L, reduction="sum")
         apply: Any = _ChunkedLoss.apply
-        total: torch.Tensor = apply(hidden_LD, self._layer.weight, self._layer.bias, targets_L, self._chunk_tokens)
+        settings = self._chunk_tokens, torch.is_grad_enabled()
+        total: torch.Tensor = apply(hidden_LD, self._layer.weight, self._layer.bias, targets_L, *settings)
         return total
 
 
@@ -78,10 +79,13 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_L: torch.Tensor,
         chunk_tokens: int,
+        is_grad_enabled: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
-        grad_hidden_LD = torch.empty_like(hidden_LD) if any(context.needs_input_grad) else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if context.needs_input_grad[1] else None
+        # Within a function it is off, and a weight asks for a gradient whether or not it is on.
+        needed = [is_grad_enabled and asked for asked in context.needs_input_grad]
+        grad_hidden_LD = torch.empty_like(hidden_LD) if any(needed) else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         for start in range(0, len(hidden_LD), chunk_tokens):
             hidden_CD = hidden_LD[start : start + chunk_tokens]
@@ -106,4 +110,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         found, context.gradients = context.gradients, None  # the loss may be held for longer than them
-        return (*(None if part is None else part.mul_(grad).to(context.dtype) for part in found), None, None)
+        return (*(None if part is None else part.mul_(grad).to(context.dtype) for part in found), None, None, None)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from app import tables
-from app.config import Config, load
+from app.config import Config, TrainingConfig, load
 from app.errors import ConfigError, RayloopError, StageFailed
 from app.storage import Storage
 from app.training import checkpoint, data
@@ -59,7 +59,9 @@ def train(config: Config, name: str, events: IO[str], packed_digest: str | None 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if training.use_gpu else "gloo")
     tokenizer = data.load_tokenizer(packed)
-    teller = _Teller(Storage(config.storage.uri), name, training.keep_checkpoints, events)
+    storage = Storage(config.storage.uri)
+    _from_first(lambda: _begun(storage, name, training, packed.digest))
+    teller = _Teller(storage, name, training.keep_checkpoints, events)
     with teller.newest() as resume:
         teller.start(resume)
         loop.run(
@@ -73,6 +75,26 @@ def train(config: Config, name: str, events: IO[str], packed_digest: str | None 
         )
     dist.destroy_process_group()
     return teller.last
+
+
+def _begun(storage: Storage, name: str, training: TrainingConfig, packed_digest: str) -> None:
+    """Keep what a run learns from and by, and remove what an earlier attempt was cut short in.
+
+    Raises:
+        ConfigError: A run of this name has begun with something else.
+    """
+    place = ("checkpoints", name)
+    learns = {"blocks": packed_digest, **training.identity()}
+    if storage.exists(*place, "learns.json"):
+        begun = json.loads(storage.read(*place, "learns.json"))
+        other = sorted(key for key in learns.keys() | begun.keys() if learns.get(key) != begun.get(key))
+        if other:
+            raise ConfigError(
+                f"run {name} has begun with {other[0]}={begun.get(other[0])!r}, got {learns.get(other[0])!r}",
+                "give this run another --name",
+            )
+    checkpoint.remove_unfinished(storage, "/".join(place))
+    storage.write(json.dumps(learns).encode(), *place, "learns.json")
 
 
 def find_packed(config: Config, packed_digest: str | None = None) -> data.Packed:
@@ -127,8 +149,7 @@ class _Teller:
                 self._storage.add(Path(aside), *place, folder)
             dist.barrier()
             if dist.get_rank() == 0:
-                for uri in _dropped(self._storage, "/".join(place), self._keep):
-                    self._storage.remove(*place, uri.rpartition("/")[2])
+                checkpoint.keep_best(self._storage, "/".join(place), self._keep)
         self.last = metrics
         self._tell({"kind": "report", **metrics})
 
@@ -144,17 +165,6 @@ def _from_first(find: Callable[[], Any]) -> Any:
     found = [find() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
-
-
-def _dropped(storage: Storage, run: str, keep: int) -> list[str]:
-    """The whole checkpoints that are neither the newest nor among the best."""
-    losses: dict[str, float] = {}
-    for uri in checkpoint.whole(storage, run):
-        with checkpoint.fetched(uri) as folder:
-            assert folder is not None
-            losses[uri] = checkpoint.state(folder)["metrics"]["validation_loss"]
-    newest = next(iter(losses))
-    return [uri for uri in sorted(losses, key=losses.__getitem__)[keep:] if uri != newest]
 
 
 def main() -> int:

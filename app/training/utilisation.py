@@ -41,7 +41,8 @@ def flops_per_token(model: Any, block_tokens: int) -> float:
     # The embedding is looked up, unless the output layer multiplies with the same weights.
     embedding = model.get_input_embeddings().weight
     looked_up = 0 if model.get_output_embeddings() is None or _tied(model) else _count(embedding)
-    weights = [weight for weight in model.parameters() if weight.ndim > 1]
+    # One that ZeRO-3 has spread over the workers is an empty vector here.
+    weights = [weight for weight in model.parameters() if len(getattr(weight, "ds_shape", weight.shape)) > 1]
     multiplied = sum(_count(weight) for weight in weights) - looked_up
     trained = sum(_count(weight) for weight in weights if weight.requires_grad) - looked_up * embedding.requires_grad
     attention = 12 * config.num_hidden_layers * config.hidden_size * block_tokens

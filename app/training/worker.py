@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import telemetry
 from app.config import Config, TrainingConfig
-from app.errors import ModelError, RayloopError, StageFailed, StorageError
+from app.errors import ModelError, RayloopError, StageFailed
 from app.storage import Storage
 from app.training import adapters, checkpoint, data
 from app.training.base_model import source
@@ -235,14 +235,12 @@ class _Teller:
         try:
             part.write(folder)
             self._storage.add(folder, *place)
-        except StorageError:
-            self._storage.remove(*place)  # a full disk has no room for half a checkpoint
-            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self._written.set()
         if self._rank == 0:
-            while not checkpoint.is_finished(self._storage, *place):  # it counts when the others have written theirs
+            # It counts when the others have written theirs; where one cannot, Ray Train ends all of them.
+            while not checkpoint.is_finished(self._storage, *place):
                 time.sleep(POLL_S)
             self._latest_validation_loss = metrics["validation_loss"]
             self._post({"kind": "report", **metrics})

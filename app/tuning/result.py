@@ -4,6 +4,7 @@ reports/tune/<search>/report.html and report.json
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,8 +128,7 @@ def _cards(tuning: TuningConfig, figures: dict[str, Any]) -> Cards:
 
 
 def _settings(config: Config, figures: dict[str, Any]) -> Table:
-    training = config.training.model_dump()
-    rows = [(key, value, training[key.removeprefix(space.TUNABLE)]) for key, value in figures["overrides"].items()]
+    rows = [(key, value, operator.attrgetter(key)(config)) for key, value in figures["overrides"].items()]
     return Table(("setting", "best", "as configured"), rows)
 
 

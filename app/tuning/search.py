@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ray import tune as ray_tune
 from ray.tune.search import BasicVariantGenerator, Searcher
 
+from app import cluster
 from app.config import Config
 from app.errors import StageFailed
+from app.job import job_id
 from app.training import data
 from app.training.base_model import pinned
 from app.training.launch import check_base_model, check_cluster, room_for_workers, run_training
@@ -40,6 +42,8 @@ COORDINATOR_CPUS = 0.01
 """Logical CPUs of a trial that starts several workers and waits for them."""
 RUNS = "runs"
 """Checkpoints of trials of several workers, below the search's folder."""
+RAY = "ray"
+"""What Ray Tune keeps while it works, there too."""
 CHECKPOINTS = 3
 """Kept of each trial that others may go on from: it may be read while the next two are written."""
 
@@ -69,6 +73,11 @@ def tune(config: Config, table: TableVersion) -> Tuned:
     check_base_model(config)
     check_cluster(space.trial_config(config, {}).training, groups=config.tuning.concurrent_trials or 1)
     kept = Kept(config, table)
+    with cluster.claimed(kept.storage.uri(FOLDER, kept.name), job_id()):
+        return _search(config, table, kept)
+
+
+def _search(config: Config, table: TableVersion, kept: Kept) -> Tuned:
     first = kept.named(config.tuning.random_trials)
     for values in space.data_settings(config):  # trials find them made: they hold the CPUs that making them takes
         data.prepare(space.trial_config(config, values), table)
@@ -92,7 +101,8 @@ def tune(config: Config, table: TableVersion) -> Tuned:
             for trial in failed:
                 study.know(trial.values, None)
             _tuner(config, table, kept, study, record, left).fit()
-        kept.storage.remove(FOLDER, kept.name, RUNS)  # of trials of several workers, whose checkpoints nobody reads
+        for folder in (RUNS, RAY):  # whose checkpoints nobody reads any more
+            kept.storage.remove(FOLDER, kept.name, folder)
         made = [*ended, *failed, *record.trials.values()]
         _check_failures(config, made, others)
         figures = result.judge(config, made, others)
@@ -175,7 +185,7 @@ def _tuner(
             scheduler=schedulers.scheduler(tuning),
         ),
         run_config=ray_tune.RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=storage.path(FOLDER, kept.name),
             storage_filesystem=storage.filesystem,
             callbacks=[record],

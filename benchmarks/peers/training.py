@@ -292,8 +292,9 @@ def memory(folder: Path, settings: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from app.training import data, loop
-    from app.training.loop import Computed
+    from app.training import data
+    from app.training.engine import start_engine
+    from app.training.loop import Computed, Stream
     from app.training.worker import start_model
 
     torch.set_num_threads(1)
@@ -307,10 +308,10 @@ def memory(folder: Path, settings: dict[str, Any]) -> None:
         parameters = sum(weight.numel() for weight in model.parameters())
         before = tensor_bytes()
         held = before - sum(weight.untyped_storage().nbytes() for weight in model.parameters())
-        engine = loop.start_engine(model, training)
+        engine = start_engine(model, training)
         computed = Computed(engine, training)
         take = data.read(packed, training.seed).take
-        stream = loop._Stream(take, training, 0)
+        stream = Stream(take, training, 0)
         at_update: list[int] = []
 
         def good(loss: float, seen: list[int] = at_update) -> bool:

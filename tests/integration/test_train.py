@@ -15,6 +15,7 @@ import ray
 import yaml
 
 from app import lineage, tables
+from app.cluster import claimed
 from app.config import Config
 from app.errors import ClusterError, ModelError, StageFailed
 from app.registry import Registry
@@ -162,6 +163,63 @@ def test_a_checkpoint_whose_digests_were_lost_is_passed_over(
     assert "sha256-1 has lost lines" in caplog.text
 
 
+@pytest.mark.parametrize("record", ["of one that is gone", "cut short"])
+def test_ray_trains_own_record_of_checkpoints_may_be_wrong(
+    config: Config, table: TableVersion, unbroken: dict[int, float], caplog: pytest.LogCaptureFixture, record: str
+) -> None:
+    """With such a one its controller does not start (Ray 2.60)."""
+    name = record.replace(" ", "-")
+    source = Path(Storage(config.storage.uri).path("checkpoints", "unbroken"))
+    shutil.copytree(source, source.parent / name)
+    older, newest = checkpoints(config, name)
+    kept = source.parent / name / launch.SNAPSHOT
+    assert newest.name in kept.read_text()
+    (newest / "state.json").unlink()
+    if record == "cut short":
+        kept.write_text(kept.read_text()[:100])
+    heard = run(config, table, name)
+    assert f"{kept} is set aside: " in caplog.text
+    assert starts(heard) == [50]
+    assert reports(heard)[STEPS] == pytest.approx(unbroken[STEPS], abs=1e-6)
+    assert checkpoints(config, name)[0].name == older.name
+    assert not newest.exists()
+
+
+HOLD = """
+import sys, time, ray
+from app import cluster
+ray.init(address=sys.argv[1], log_to_driver=False)
+with cluster.claimed("checkpoints/claimed", "the-first-job"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_is_one_jobs_at_a_time_until_that_job_ends_in_whatever_way(
+    config: Config, table: TableVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    other = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLD, address], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr("app.cluster.CLAIM_S", 2.0)
+        with (
+            pytest.raises(ClusterError, match="job the-first-job works on checkpoints/claimed"),
+            claimed("checkpoints/claimed", "the-second"),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    monkeypatch.undo()
+    for job in ("the-second", "the-third"):
+        with claimed("checkpoints/claimed", job):
+            pass
+
+
 def test_an_event_that_cannot_be_recorded_costs_no_other(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[int] = []
 
@@ -215,6 +273,11 @@ def test_launchers_without_ray_give_the_losses_of_ray_train_and_go_on_from_its_c
     written = [{str(file.relative_to(path)) for file in path.rglob("*")} for path in (kept[-1], theirs)]
     assert written[0] == {name for name in written[1] if not name.startswith(".")}
     assert checkpoint.damaged(kept[-1]) is None
+    if launcher == "torchrun":
+        command += ["--set", "training.learning_rate=0.5"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "run torchrun has begun with learning_rate=0.002, got 0.5: give this run another --name" in done.stderr
 
 
 def every_stage(given: dict[str, Any]) -> None:

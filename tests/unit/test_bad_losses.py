@@ -1,5 +1,6 @@
 """Which losses of a training run are bad, and when there are too many of them."""
 
+import json
 import math
 from typing import Any
 
@@ -7,11 +8,11 @@ import pytest
 
 from app.config import Config
 from app.errors import StageFailed
-from app.training.loop import FEW_LOSSES, _Losses
+from app.training.bad_losses import FEW_LOSSES, Losses
 
 
-def losses(**settings: Any) -> _Losses:
-    return _Losses(Config().with_overrides({f"training.{key}": value for key, value in settings.items()}).training)
+def losses(**settings: Any) -> Losses:
+    return Losses(Config().with_overrides({f"training.{key}": value for key, value in settings.items()}).training)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -52,3 +53,23 @@ def test_only_steps_that_made_the_run_go_back_are_left_out() -> None:
     for watched in (skipped, back):
         watched.meet(math.nan, 5, 32)
     assert (skipped.left_out, back.left_out) == (set(), {32})
+
+
+def test_a_run_that_goes_on_judges_as_if_it_had_never_stopped() -> None:
+    watched = losses(on_bad_loss="roll_back", max_bad_losses=2)
+    for loss in (2.0,) * FEW_LOSSES:
+        watched.add(loss)
+    kept = json.loads(json.dumps(watched.state()))
+    watched.meet(40.0, 12, 96)
+    for loss in (3.0, 2.5):
+        watched.add(loss)
+    watched.go_back(kept)
+    assert watched.state() == {"latest": [2.0] * FEW_LOSSES, "bad": 1, "left_out": [96]}
+    resumed = Losses(
+        losses(on_bad_loss="roll_back", max_bad_losses=2)._training, json.loads(json.dumps(watched.state()))
+    )
+    assert not resumed.is_good(40.0), "a jump is seen in the first step"
+    resumed.meet(40.0, 14, 112)
+    with pytest.raises(StageFailed, match="after 2 bad ones"):
+        resumed.meet(40.0, 15, 120)
+    assert resumed.left_out == {96, 112}

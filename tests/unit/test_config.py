@@ -193,5 +193,5 @@ def test_workers_are_a_number_or_the_fewest_and_the_most(file: Path) -> None:
     assert (training.min_workers, training.max_workers, training.blocks_per_step) == (1, 3, 24)
     assert "num_workers is [fewest, most], got [3, 1]" in refusal(file, "training: {num_workers: [3, 1]}")
     assert "training.num_workers: must be" in refusal(file, "training: {num_workers: 0}")
-    several = refusal(file, "training: {global_batch_size: 9, micro_batch_size: 4}")
-    assert "global_batch_size=9 is not a multiple of micro_batch_size=4" in several
+    several = refusal(file, "training: {global_batch_size: 3, num_workers: 4}")
+    assert "global_batch_size=3 has no block for each of num_workers=4" in several

@@ -13,7 +13,7 @@ def training(**settings: object) -> TrainingConfig:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_accepts_the_configuration(stage: int) -> None:
-    from app.training.loop import import_deepspeed
+    from app.training.engine import import_deepspeed
 
     deepspeed = import_deepspeed()
     given = deepspeed_config(training(zero_stage=stage, precision="bf16", micro_batch_size=3))

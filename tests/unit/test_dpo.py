@@ -86,8 +86,9 @@ def test_packed_pairs_have_the_margins_they_have_alone(tokenizer: Any) -> None:
     same = dpo.reward_margins(reference, columns, 0.1)
     assert same.tolist() == pytest.approx([0.0] * 3, abs=1e-5), "the model it started from has learned nothing"
     assert float(dpo.loss(policy, columns, 0.1)) == pytest.approx(
-        float(dpo.losses(torch.tensor(wanted)).mean()), abs=1e-4
+        float(dpo.losses(torch.tensor(wanted)).sum()), abs=1e-4
     )
+    assert dpo.pairs_in(columns) == len(PAIRS)
 
 
 def test_a_batch_without_pairs_has_no_margins(tokenizer: Any) -> None:
@@ -96,6 +97,7 @@ def test_a_batch_without_pairs_has_no_margins(tokenizer: Any) -> None:
     columns["reference"] = np.zeros(columns["labels"].shape, np.float32)
     model = models.new_model("preset:tiny", tokenizer, 160, seed=2)
     assert dpo.reward_margins(model, columns, 0.1).shape == (0,)
+    assert dpo.pairs_in(columns) == 0
 
 
 def test_learning_from_pairs_prefers_what_was_chosen(tokenizer: Any) -> None:

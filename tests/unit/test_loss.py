@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from app.errors import ModelError
@@ -42,6 +43,18 @@ def test_chunked_loss_and_its_gradient_are_the_plain_ones(chunk_tokens: int, tie
     with torch.no_grad():
         assert float(head.loss(model, targets, input_ids=ids, position_ids=positions)) == pytest.approx(float(found))
         assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits), "logits are given to others"
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for() -> None:
+    ids, positions, targets = batch()
+    model = llama()
+    with torch.no_grad(), FlopCounterMode(display=False) as layers:
+        model.model(input_ids=ids, position_ids=positions, use_cache=False)
+    head = loss.Head(model, 7)
+    with torch.no_grad(), FlopCounterMode(display=False) as all_of_it:
+        head.loss(model, targets, input_ids=ids, position_ids=positions)
+    learned = int((targets != NOT_LEARNED).sum())
+    assert all_of_it.get_total_flops() - layers.get_total_flops() == 2 * learned * 16 * 97
 
 
 def test_head_with_a_bias_and_one_that_is_no_plain_layer_have_the_plain_loss() -> None:

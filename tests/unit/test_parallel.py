@@ -58,6 +58,46 @@ def test_a_token_counts_as_much_in_whatever_micro_batch_it_is(store: Path, plain
     assert found["validation"] == pytest.approx(plain, abs=2e-6)
 
 
+def test_every_zero_stage_learns_in_bf16_what_fp32_does_and_goes_on_exactly(
+    store: Path, plain: dict[str, float]
+) -> None:
+    ways = [
+        {"training.precision": "bf16", "training.zero_stage": stage, "checkpoints": True, "resume": resume}
+        for stage in range(4)
+        for resume in (False, True)
+    ]
+    found = packed.trained(store, [{**way} for way in ways])
+    for stage, (whole, resumed) in enumerate(zip(found[::2], found[1::2], strict=True)):
+        assert whole["validation"]["12"] == pytest.approx(plain["12"], abs=5e-3), stage
+        assert whole["model_loss"] == pytest.approx(plain["12"], abs=0.05), "computed in bf16"
+        assert resumed["validation"]["12"] == pytest.approx(whole["validation"]["12"], abs=1e-5), stage
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_adam_learns_what_torchs_does_and_goes_on(store: Path, plain: dict[str, float]) -> None:
+    settings = [
+        {"training.zero_stage": 0},
+        *({"training.zero_stage": stage, **CPU} for stage in (1, 2, 3)),
+        *({"training.zero_stage": stage, "training.precision": "bf16"} for stage in (1, 3)),
+    ]
+    ways = [
+        {**way, "training.adam_kernel": "deepspeed", "checkpoints": True, "resume": resume}
+        for way in settings
+        for resume in (False, True)
+    ]
+    for way, found in zip(ways, packed.trained(store, [{**way} for way in ways]), strict=True):
+        near = 5e-3 if "training.precision" in way else 2e-6
+        assert found["validation"]["12"] == pytest.approx(plain["12"], abs=near), way
+
+
+def test_blocks_that_do_not_divide_count_as_much_in_whatever_micro_batch_they_are(store: Path) -> None:
+    """5 and 4 blocks; 1 and 2, three times; and a turn that one worker has nothing for."""
+    ways = [{"training.global_batch_size": 9, "training.micro_batch_size": size} for size in (5, 2, 1)]
+    two_large, *others = packed.trained(store, ways)
+    for found in others:
+        assert found["validation"] == pytest.approx(two_large["validation"], abs=2e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_every_way_of_sharing_the_work_comes_to_the_same_loss(
@@ -98,6 +138,9 @@ def test_checkpoints_of_every_kind_of_group_are_gone_on_from(
         ({"zero_stage": 3, "offload_optimizer": "nvme"}, "offload_optimizer=nvme has no checkpoints"),
         ({"attention": "flex"}, "attention=flex has no backward pass on a CPU"),
         ({"attention": "flash", "use_gpu": True, "sequence_parallel_size": 2}, "forgets where conversations end"),
+        ({"adam_kernel": "deepspeed", "precision": "bf16", "zero_stage": 0}, "has no checkpoints"),
+        ({"attention": "flash", "use_gpu": True}, "attention=flash needs micro_batch_size=1, got 8"),
+        ({"gradient_clipping": 0.5, "optimizer": "muon"}, "gradient_clipping=0.5 has no effect with optimizer=muon"),
         ({"adam_kernel": "fused", "optimizer": "muon"}, "is for optimizer=adamw"),
         ({"num_workers": [1, 2], "tensor_parallel_size": 2}, "needs a fixed num_workers, got 1 to 2"),
     ],

@@ -14,7 +14,7 @@ SPACE = {
     "training.optimizer": {"kind": "choice", "choices": ["adamw", "muon"]},
     "training.micro_batch_size": {"kind": "int", "low": 1, "high": 8, "when": {"training.optimizer": "muon"}},
 }
-TWO = [{"name": "validation_loss"}, {"name": "tokens_per_s", "mode": "max"}]
+TWO = [{"name": "validation_loss"}, {"name": "tokens_per_s"}]
 
 
 def searching(**settings: Any) -> Config:
@@ -47,6 +47,25 @@ def test_the_front_holds_what_nothing_else_beats_in_everything() -> None:
         (1.0, 5.0),
         (2.0, 9.0),
     ]
+
+
+def test_settings_of_a_section_within_the_section_are_shown_beside_what_is_configured() -> None:
+    space = {"training.lora.rank": {"kind": "int", "low": 2, "high": 64}}
+    config = searching(space=space)
+    ranks = [
+        Trial(
+            number,
+            {"training.lora.rank": rank},
+            "ended",
+            {"step": 40, "validation_loss": 2.0 / rank},
+            ((40, 2.0 / rank),),
+        )
+        for number, rank in enumerate((4, 32))
+    ]
+    figures = result.judge(config, ranks)
+    assert figures["overrides"] == {"training.lora.rank": 32}
+    page = result.page(config, "s", figures, ranks)
+    assert str(config.training.lora.rank) in page.partition("as configured")[2].partition("</table>")[0]
 
 
 def test_what_decides_the_loss_is_the_most_important() -> None:

@@ -69,6 +69,21 @@ def test_an_uploaded_folder_replaces_the_one_before(store: str, tmp_path: Path) 
         assert (local / "new").read_text() == "1"
 
 
+def test_files_that_cannot_all_be_added_are_not_added_at_all(store: str, tmp_path: Path) -> None:
+    storage, folder = Storage(store), tmp_path / "part"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / name).write_text(name)
+    storage.write(b"of another worker", "whole", "d")
+    (Path(storage.path("whole")) / "b").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*whole"):
+        storage.add(folder, "whole")
+    assert storage.list("whole") == ["b", "d"]
+    (Path(storage.path("whole")) / "b").rmdir()
+    storage.add(folder, "whole")
+    assert storage.list("whole") == ["a", "b", "c", "d"]
+
+
 def test_a_missing_folder_is_named(store: str) -> None:
     with pytest.raises(StorageError, match="no folder at"), local_folder(f"{store}/models/none"):
         pass

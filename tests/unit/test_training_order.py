@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config import Config
+from app.errors import StageFailed
 from app.training import data
 from app.training.data import Sequence
+from app.training.packing import NOT_LEARNED
 
 
 def numbered(blocks: int) -> dict[str, np.ndarray]:
-    return {"input_ids": np.arange(blocks, dtype=np.int32)[:, None]}
+    numbers = np.arange(blocks, dtype=np.int32)[:, None]
+    return {"input_ids": numbers, "labels": numbers, "position_ids": np.zeros_like(numbers)}
 
 
 def taken(sequence: Sequence, start: int, count: int) -> list[int]:
@@ -46,35 +50,35 @@ def test_going_back_gives_the_same_blocks() -> None:
     assert taken(sequence, 3, 20) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_step_has_the_same_blocks_on_any_number_of_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from app.config import Config
+@given(workers=st.integers(1, 6), others=st.integers(1, 6), micro_batch_size=st.integers(1, 5), more=st.integers(0, 20))
+def test_a_step_has_the_same_blocks_on_any_number_of_workers(
+    workers: int, others: int, micro_batch_size: int, more: int
+) -> None:
     from app.training import loop
 
-    training = Config().with_overrides({"training.micro_batch_size": 3, "training.num_workers": [1, 4]}).training
-    assert training.blocks_per_step == 12
-    monkeypatch.setattr(loop.dist, "get_world_size", lambda: workers)
+    blocks = max(workers, others) + more
+    settings = {"training.micro_batch_size": micro_batch_size, "training.global_batch_size": blocks}
+    training = Config().with_overrides({**settings, "training.num_workers": workers}).training
     sequence, steps = Sequence(numbered(31), seed=1), []
-    for rank in range(workers):
-        monkeypatch.setattr(loop.dist, "get_rank", lambda rank=rank: rank)
-        settings = loop._on_so_many_workers(training, training.blocks_per_step, workers)
-        assert settings.gradient_accumulation_steps == 4 // workers
-        stream = loop._Stream(sequence.take, settings, place=24)
-        batches = [next(stream) for _ in range(settings.gradient_accumulation_steps)]
-        steps += [int(number) for batch in batches for number in batch["input_ids"][:, 0]]
-        assert stream.place == 36
-    assert sorted(steps) == sorted(taken(sequence, 24, 12))
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(others):
+            patch.setattr(loop.dist, "get_world_size", lambda: others)
+            patch.setattr(loop.dist, "get_rank", lambda rank=rank: rank)
+            went_on = loop.on_so_many_workers(training, training.blocks_per_step, others)
+            stream = loop.Stream(sequence.take, went_on, place=24)
+            batches = [next(stream) for _ in range(went_on.gradient_accumulation_steps)]
+            assert {len(batch["labels"]) for batch in batches} <= set(range(1, micro_batch_size + 1))
+            steps += [int(number) for batch in batches for number in batch["labels"][:, 0] if number != NOT_LEARNED]
+            assert stream.place == 24 + blocks
+    assert sorted(steps) == sorted(taken(sequence, 24, blocks))
 
 
-def test_what_does_not_divide_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from app.config import Config
+def test_more_workers_than_a_step_has_blocks_are_refused() -> None:
     from app.training import loop
 
-    training = Config().with_overrides({"training.micro_batch_size": 3, "training.num_workers": [2, 3]}).training
-    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
-    settings = loop._on_so_many_workers(training, training.blocks_per_step, workers=2)
-    assert settings.gradient_accumulation_steps == 2
-    assert "a step learns from 12 blocks instead of the 9 that this run began with" in caplog.text
+    training = Config().with_overrides({"training.micro_batch_size": 1, "training.num_workers": 2}).training
+    with pytest.raises(StageFailed, match="a step of this run learns from 2 blocks, which 3 workers cannot share"):
+        loop.on_so_many_workers(training, training.blocks_per_step, 3)
 
 
 def test_a_node_lays_blocks_out_once_and_forgets_those_that_nobody_asks_for(

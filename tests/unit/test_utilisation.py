@@ -34,6 +34,15 @@ def test_operations_are_those_that_torch_counts(tied: bool, frozen: bool) -> Non
     assert flops_per_token(model, TOKENS) * TOKENS == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_a_weight_that_zero_has_spread_counts_as_the_whole_one() -> None:
+    model = small(tied=False)
+    whole = flops_per_token(model, TOKENS)
+    for weight in model.parameters():  # what ZeRO-3 leaves of them between two steps
+        weight.ds_shape, weight.ds_numel = weight.shape, weight.numel()
+        weight.data = torch.empty(0)
+    assert flops_per_token(model, TOKENS) == whole
+
+
 def test_a_matrix_product_is_faster_than_one_operation_a_nanosecond() -> None:
     assert matmul_peak_flops(torch.device("cpu"), torch.float32) > 1e9
 
