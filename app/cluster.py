@@ -64,9 +64,21 @@ def collect(tasks: Sequence[Any]) -> list[Any]:
     return results
 
 
+class Holder:
+    """An actor whose name is what a job works on; it ends with the job's driver."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+
+    def job(self) -> str:
+        """Who holds it."""
+        return self._job
+
+
 @contextmanager
-def claimed(what: str, job: str) -> Iterator[None]:
-    """Hold something that one job works on at a time, until the way out or the end of this process.
+def claimed(what: str, job: str, kind: type[Holder] = Holder) -> Iterator[Any]:
+    """Hold something that one job works on at a time, until the way out or the end of this process; gives the actor,
+    of the `kind`, that holds it beside this process.
 
     Raises:
         ClusterError: Another job of this cluster holds it, and still does after CLAIM_S.
@@ -77,7 +89,7 @@ def claimed(what: str, job: str) -> Iterator[None]:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     until_s, told = time.monotonic() + CLAIM_S, False
-    actor: Any = ray.remote(_Holder).options(name=what, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
+    actor: Any = ray.remote(kind).options(name=what, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
     while True:
         try:
             holder = actor.remote(job)
@@ -92,19 +104,9 @@ def claimed(what: str, job: str) -> Iterator[None]:
                 ) from error
             time.sleep(0.5)
     try:
-        yield
+        yield holder
     finally:
         ray.kill(holder)
-
-
-class _Holder:
-    """An actor whose name is what a job works on; it ends with the job's driver."""
-
-    def __init__(self, job: str) -> None:
-        self._job = job
-
-    def job(self) -> str:
-        return self._job
 
 
 def _holder_of(what: str) -> str:

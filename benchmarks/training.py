@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 SGD = ROOT.parent / "shared" / "data" / "sgd" / "train.jsonl.gz"
 BIN = Path(sys.executable).parent
 BLOCK_TOKENS = 512
-OURS = ("packed", "compiled", "padded", "ray", "deepspeed")
+OURS = ("packed", "compiled", "padded", "ray", "deepspeed", "ray_alone", "deepspeed_alone")
 PEERS = ("trainer", "trainer_compiled", "accelerate")
 Figures = dict[str, Any]
 
@@ -63,8 +63,10 @@ class Bench:
 
     def run(self, tool: str) -> Figures:
         """One run of one tool."""
-        if tool == "ray":
-            (found,) = self._said(["-m", "benchmarks.peers.training", "ray", str(self.folder), "{}"], "FIGURES")
+        workers = 1 if tool.endswith("_alone") else self.workers
+        if tool.startswith("ray"):
+            settings = json.dumps({"training.num_workers": workers})
+            (found,) = self._said(["-m", "benchmarks.peers.training", "ray", str(self.folder), settings], "FIGURES")
             found["start_s"] = found["seconds"] - found["steps_s"]
             return found
         if tool in PEERS:
@@ -72,7 +74,7 @@ class Bench:
             program = tool.removesuffix("_compiled")
             command = [*self._torchrun(), "benchmarks.peers.training", program, str(self.folder), json.dumps(settings)]
             return self._said(command, "FIGURES")[0]
-        return self._standalone(tool)
+        return self._standalone(tool, workers)
 
     def memory(self) -> list[Figures]:
         """Bytes of each parameter in each ZeRO stage."""
@@ -80,7 +82,7 @@ class Bench:
         command = [*self._torchrun(), "benchmarks.peers.training", "memory", str(self.folder), json.dumps(settings)]
         return self._said(command, "MEMORY")
 
-    def _standalone(self, tool: str) -> Figures:
+    def _standalone(self, tool: str, workers: int) -> Figures:
         events = self.folder / "events.jsonl"
         module = ["app.training.standalone", "--config", str(self.folder / "config.yaml"), "--name", tool]
         module += ["--packed", "padded" if tool == "padded" else self.data["packed"], "--events", str(events)]
@@ -89,8 +91,9 @@ class Bench:
         if tool == "padded":
             module += ["--set", f"training.micro_batch_size={self.batch}"]
         command = [*self._torchrun(), *module]
-        if tool == "deepspeed":
-            command = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(self.workers), "--module", *module]
+        if tool.startswith("deepspeed"):
+            module += ["--set", f"training.num_workers={workers}"]
+            command = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(workers), "--module", *module]
         started_s = time.monotonic()
         self._said(command)
         seconds = time.monotonic() - started_s
@@ -171,16 +174,22 @@ def tables(bench: Bench, found: dict[str, list[Figures]], stages: list[Figures])
         gain = middle(found["packed"], "tokens_per_s") / middle(found["padded"], "tokens_per_s")
         lines += [f"Had: {gain:.2f}x, {gain * (1 - packing[0]):.2f} of the ceiling 1/(1 - padding) (target 0.9)."]
     if "ray" in found and "deepspeed" in found:
-        ratio = middle(found["ray"], "step_s") / middle(found["deepspeed"], "step_s")
         lines += [
             "", "## The price of Ray", "",
-            "| launcher | step, s | start-up and end, s | validation loss |", "|---|---|---|---|",
+            "From the end of a step to the end of the next, median.", "",
+            "| workers | launcher | step, s | start-up and end, s | validation loss |", "|---|---|---|---|---|",
         ]  # fmt: skip
-        for tool in ("ray", "deepspeed"):
-            of = found[tool]
-            cells = spread(of, "step_s", 4), spread(of, "start_s", 1), spread(of, "validation_loss", 6)
-            lines.append(f"| {tool} | {' | '.join(cells)} |")
-        lines += ["", f"A step under Ray Train takes {ratio:.3f}x that under the deepspeed launcher (target 1.01)."]
+        ratios = []
+        for workers, alone in ((bench.workers, ""), (1, "_alone")):
+            if not {f"ray{alone}", f"deepspeed{alone}"} <= found.keys():
+                continue
+            for launcher in ("ray", "deepspeed"):
+                of = found[launcher + alone]
+                cells = spread(of, "step_s", 4), spread(of, "start_s", 1), spread(of, "validation_loss", 6)
+                lines.append(f"| {workers} | {launcher} | {' | '.join(cells)} |")
+            ratio = middle(found[f"ray{alone}"], "step_s") / middle(found[f"deepspeed{alone}"], "step_s")
+            ratios.append(f"{ratio:.3f}x with {workers} of {os.cpu_count()} cores at work")
+        lines += ["", f"A step under Ray Train takes {', '.join(ratios)} (target 1.01)."]
     if stages:
         lines += [
             "", f"## Memory of {stages[0]['parameters']:,} parameters on {bench.workers} workers, bf16, AdamW", "",

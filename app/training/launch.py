@@ -7,12 +7,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app import cluster
 from app import model as models
@@ -56,17 +55,15 @@ def run_training(
         StageFailed: Workers failed more often than `training.max_failures`, or the loss is bad.
     """
     # Two jobs would remove each other's checkpoints.
-    with cluster.claimed(Storage(storage_path).uri(run_name), job_id()):
-        return _run_training(config, table, storage_path, run_name, callbacks, report)
+    with (
+        cluster.claimed(Storage(storage_path).uri(run_name), job_id(), Board) as board,
+        _listening(board, report) if report else nullcontext(),
+    ):
+        return _run_training(config, table, storage_path, run_name, callbacks, board if report else None)
 
 
 def _run_training(
-    config: Config,
-    table: TableVersion,
-    storage_path: str,
-    run_name: str,
-    callbacks: Sequence[Any],
-    report: Callable[[Event], None] | None,
+    config: Config, table: TableVersion, storage_path: str, run_name: str, callbacks: Sequence[Any], board: Any
 ) -> "Result":
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -105,25 +102,24 @@ def _run_training(
         "use_gpu": training.use_gpu,
         "resources_per_worker": {"CPU": training.cpus_per_worker, **({"GPU": 1} if training.use_gpu else {})},
     }
-    with _listening(report) as board:
-        # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
-        told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
-        run: Any = functools.partial(work, told)
-        for failures in itertools.count(1):
+    # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
+    told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
+    run: Any = functools.partial(work, told)
+    for failures in itertools.count(1):
+        _tidy(storage, run_name, training.keep_checkpoints)
+        trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
+        try:
+            result: Any = trainer.fit()
+            break
+        except TrainingFailedError as error:
             _tidy(storage, run_name, training.keep_checkpoints)
-            trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
-            try:
-                result: Any = trainer.fit()
-                break
-            except TrainingFailedError as error:
-                _tidy(storage, run_name, training.keep_checkpoints)
-                raise _explained(error, training) from error
-            except RayActorError as error:  # the controller, and with it its workers
-                if error.actor_init_failed:
-                    raise StageFailed(f"training's controller cannot start ({error})", "see its cause there") from error
-                if 0 <= training.max_failures < failures:
-                    raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
-                logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
+            raise _explained(error, training) from error
+        except RayActorError as error:  # the controller, and with it its workers
+            if error.actor_init_failed:
+                raise StageFailed(f"training's controller cannot start ({error})", "see its cause there") from error
+            if 0 <= training.max_failures < failures:
+                raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
+            logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
     if result.return_value is not None:
         raise result.return_value
     ended: Result = result
@@ -205,14 +201,8 @@ def _needed(training: TrainingConfig) -> dict[str, float]:
 
 
 @contextmanager
-def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
-    """A board whose events reach `report` on a thread of this process, the last ones before the way out."""
-    if report is None:
-        yield None
-        return
-    # Beside this process, with which it ends: any other node may leave while the training goes on.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+def _listening(board: Any, report: Callable[[Event], None]) -> Iterator[None]:
+    """While a board's events reach `report` on a thread of this process, the last ones before the way out."""
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -238,11 +228,10 @@ def _listening(report: Callable[[Event], None] | None) -> Iterator[Any]:
     thread = threading.Thread(target=listen, name="training-events", daemon=True)
     thread.start()
     try:
-        yield board
+        yield
     finally:
         stop.set()
         thread.join(timeout=30)
-        ray.kill(board)
     if failures:
         logger.error("%d events of the training were not recorded, the first since %s", len(failures), failures[0])
 

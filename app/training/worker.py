@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app import telemetry
+from app.cluster import Holder
 from app.config import Config, TrainingConfig
 from app.errors import ModelError, RayloopError, StageFailed
 from app.storage import Storage
@@ -141,10 +142,11 @@ def start_model(training: TrainingConfig, tokenizer: Any) -> Any:
     return model
 
 
-class Board:
+class Board(Holder):
     """An actor that workers post events to and the driver reads them from."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
         self._events: list[Event] = []
 
     def post(self, event: Event) -> None:

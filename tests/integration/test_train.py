@@ -21,7 +21,7 @@ from app.errors import ClusterError, ModelError, StageFailed
 from app.registry import Registry
 from app.storage import Storage
 from app.training import checkpoint, launch
-from app.training.worker import Event
+from app.training.worker import Board, Event
 from app.versions import ModelVersion, TableVersion
 from tests.conftest import ROOT, RunningCluster
 from tests.faults import Fault
@@ -229,7 +229,7 @@ def test_an_event_that_cannot_be_recorded_costs_no_other(config: Config, caplog:
                 raise OSError("the store is away")
             heard.append(event["step"])
 
-    with launch._listening(report) as board:
+    with claimed("events", "a-job", Board) as board, launch._listening(board, report):
         for step in range(1, 5):
             ray.get(board.post.remote({"kind": "step", "step": step}))
     assert heard == [1, 3, 4]
