@@ -42,7 +42,10 @@ ABOUT_MODELS = (
 Ask = Callable[[], Values | None]
 Tell = Callable[[Values, float], None]
 
-SEARCHERS = ("random", "gp", "Optuna GP", f"Optuna GP, {START}", "tpe", "Optuna TPE", "cma_es", "Optuna CMA-ES")
+SEARCHERS = (
+    "random", "gp", "Optuna GP", f"Optuna GP, {START}", "tpe", "Optuna TPE", f"Optuna TPE, {START}",
+    "cma_es", "Optuna CMA-ES", f"Optuna CMA-ES, {START}",
+)  # fmt: skip
 """Ours, each with Optuna's own of the same kind beside it, at its defaults; also with as many random trials first."""
 MODELS = "small models"
 
@@ -104,6 +107,8 @@ def bare(problem: Problem, searcher: str, seed: int) -> tuple[Ask, Tell]:
         "Optuna GP": optuna.samplers.GPSampler, "Optuna TPE": optuna.samplers.TPESampler,
         "Optuna CMA-ES": optuna.samplers.CmaEsSampler,
         f"Optuna GP, {START}": functools.partial(optuna.samplers.GPSampler, n_startup_trials=START),
+        f"Optuna TPE, {START}": functools.partial(optuna.samplers.TPESampler, n_startup_trials=START),
+        f"Optuna CMA-ES, {START}": functools.partial(optuna.samplers.CmaEsSampler, n_startup_trials=START),
     }  # fmt: skip
     study = optuna.create_study(sampler=samplers[searcher](seed=seed))
     distributions = spaces.distributions(problem.space)
