@@ -1,10 +1,11 @@
 """Work on the Ray cluster whose errors reach the caller as they were raised."""
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from app.errors import ClusterError, RayloopError, StageFailed
@@ -17,6 +18,8 @@ NAMESPACE = "rayloop"
 """Of actors that another job is to find."""
 CLAIM_S = 30.0
 """For so long Ray may take a process, or its node, for alive that is not."""
+FEW = 4
+"""Refusals that mean nothing yet."""
 
 
 def submit(work: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0, memory_bytes: int = 0) -> Any:
@@ -84,20 +87,19 @@ def claimed(what: str, job: str, kind: type[Holder] = Holder) -> Iterator[Any]:
         ClusterError: Another job of this cluster holds it, and still does after CLAIM_S.
     """
     import ray
-    from ray.exceptions import ActorAlreadyExistsError
+    from ray.exceptions import ActorAlreadyExistsError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    until_s, told = time.monotonic() + CLAIM_S, False
+    until_s = time.monotonic() + CLAIM_S
     actor: Any = ray.remote(kind).options(name=what, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
-    while True:
+    for refusals in itertools.count(1):
         try:
             holder = actor.remote(job)
             break
         except ActorAlreadyExistsError as error:
-            if not told:
+            if refusals == FEW:  # Ray lets go of a name only some time after its actor's end
                 logger.warning("%s: another job works on it; waiting for its end", what)
-                told = True
             if time.monotonic() > until_s:
                 raise ClusterError(
                     f"job {_holder_of(what)} works on {what}", "wait for its end or stop it, then submit this one again"
@@ -106,7 +108,8 @@ def claimed(what: str, job: str, kind: type[Holder] = Holder) -> Iterator[Any]:
     try:
         yield holder
     finally:
-        ray.kill(holder)
+        with suppress(RayError):  # the cluster may be gone
+            ray.kill(holder)
 
 
 def _holder_of(what: str) -> str:

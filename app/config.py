@@ -61,7 +61,6 @@ class RegistryConfig(Section):
     """MLflow experiment that runs appear in."""
 
 
-GRADIENT_CLIPPING = 1.0
 HOW_A_RUN_IS_COMPUTED = (
     "num_workers",
     "resize_interval_s",
@@ -172,8 +171,8 @@ class TrainingConfig(Section):
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay of matrices and embeddings."""
-    gradient_clipping: Positive = GRADIENT_CLIPPING
-    """Largest gradient norm; with muon, whose update does not depend on it, nothing is clipped."""
+    gradient_clipping: Positive = 1.0
+    """Largest gradient norm; with muon nothing is clipped, see app/training/deepspeed_config.py."""
     report_every_steps: Count = 100
     """Steps between validations; each leaves a checkpoint with a usable model in it."""
     validation_blocks: Count = 64
@@ -307,11 +306,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"attention=flash needs micro_batch_size=1, got {self.micro_batch_size}: transformers 5 tells packed "
                 "conversations apart in a single block only; raise block_tokens instead"
-            )
-        if self.optimizer == "muon" and self.gradient_clipping != GRADIENT_CLIPPING:
-            raise ValueError(
-                f"gradient_clipping={self.gradient_clipping} has no effect with optimizer=muon, whose update takes the "
-                "gradient's place before DeepSpeed 0.19 clips: leave it out"
             )
         if self.adam_kernel != "torch" and self.optimizer == "muon":
             raise ValueError(f"adam_kernel={self.adam_kernel} is for optimizer=adamw; DeepSpeed's Muon has its own")

@@ -203,7 +203,8 @@ class Storage:
         """Copy the files of a local folder into one below the root, to what is there already; returns its URI.
 
         Raises:
-            StorageError: They cannot be written; none of them is left, and what else is there stays.
+            StorageError: They cannot be written. As far as the store lets them be removed none of them is left, nor a
+                file that had the name of one; what else is there stays.
         """
         target = self.path(*parts)
         files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]

@@ -71,8 +71,8 @@ def trained(root: Path, settings: Sequence[dict[str, Any]], workers: int = 2) ->
     """Train with each of some settings in the same workers, one after the other.
 
     Returns:
-        For each: `steps`, the losses that worker 0 saw; `validation` by step; with the setting `checkpoints` also
-        `model_loss`, of the model in the last one. With `resume` it goes on from step 6 of the one before.
+        For each: `steps`, the losses that worker 0 saw; `validation` by step; `tokens`; with the setting `checkpoints`
+        also `model_loss`, of the model in the last one. With `resume` it goes on from step 6 of the one before.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     command += ["-m", "tests.packed", str(root), json.dumps(list(settings))]
@@ -109,6 +109,7 @@ def _work(root: str, settings: list[dict[str, Any]]) -> None:
 
         def report(metrics: dict[str, float], written: Any, result: Any = result, tokenizer: Any = tokenizer) -> None:
             result["validation"][int(metrics["step"])] = metrics["validation_loss"]
+            result["tokens"] = metrics["tokens"]
             if written is not None:
                 with tempfile.TemporaryDirectory() as own:
                     written.write(Path(own))

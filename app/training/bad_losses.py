@@ -21,6 +21,7 @@ REMEDY = (
     "submit it again with training.on_bad_loss=skip or roll_back to go on from its last checkpoint; with a lower "
     "training.learning_rate it is another run, which begins anew"
 )
+LOWER = "lower training.learning_rate: it is another run then, which begins anew"
 
 
 class Losses:
@@ -38,9 +39,9 @@ class Losses:
         """What a checkpoint keeps, so that a run that goes on from it judges as if it had never stopped."""
         return {"latest": [*self._latest], "bad": self._bad, "left_out": sorted(self.left_out)}
 
-    def go_back(self, kept: dict[str, Any]) -> None:
+    def go_back(self, kept: dict[str, Any] | None) -> None:
         """Forget the losses of the steps after a checkpoint, but not that there were bad ones."""
-        self._latest = deque(kept["latest"], maxlen=LOSSES)
+        self._latest = deque(kept["latest"] if kept else (), maxlen=LOSSES)
 
     def is_good(self, loss: float) -> bool:
         """Whether a step with this loss is to be taken."""
@@ -65,6 +66,9 @@ class Losses:
         if training.on_bad_loss == "stop":
             raise StageFailed(f"{said} and training.on_bad_loss is stop", REMEDY)
         if self._bad > training.max_bad_losses:
-            raise StageFailed(f"{said}, after {training.max_bad_losses} bad ones (training.max_bad_losses)", REMEDY)
+            raise StageFailed(
+                f"{said}, after {training.max_bad_losses} bad ones (training.max_bad_losses)",
+                f"{LOWER}; or raise the number",
+            )
         if training.on_bad_loss == "roll_back":
             self.left_out.add(began)

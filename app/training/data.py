@@ -8,7 +8,6 @@ time: so the order of a run is one endless sequence that follows from the seed a
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -26,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
+from pyarrow.fs import FileSystem
 
 from app import cluster, conversation, tables, tokenization
 from app import model as models
 from app.config import Config
-from app.errors import StageFailed, StorageError
-from app.filesystems import open_uri
+from app.errors import ModelError, StageFailed, StorageError
 from app.storage import PACKED_MANIFEST, UNUSED_S, Storage, local_folder, node_cache
 from app.training import packing
 from app.training.base_model import is_remote, source
@@ -55,6 +53,8 @@ PARQUET = {"compression": "lz4", "use_dictionary": False}
 """How packed blocks are written: 33 ms for 12 MB where pyarrow's defaults take 51 ms, and read back faster."""
 BLOCK_BYTES = 16 << 20
 """Of packed blocks, or of conversations, that a packing task works on at a time."""
+LARGE_BYTES = 16 << 20
+"""Of a file whose digest takes long enough to be remembered."""
 ROW_GROUP_BLOCKS = 4_096
 """Blocks in memory at a time while a node lays them out."""
 
@@ -123,7 +123,7 @@ def blocks(config: Config, table: TableVersion, tokenizer: "PreTrainedTokenizerB
     )
 
 
-def write(dataset: "ray.data.Dataset", folder: str, filesystem: fs.FileSystem) -> "tuple[WrittenFile, ...]":
+def write(dataset: "ray.data.Dataset", folder: str, filesystem: FileSystem) -> "tuple[WrittenFile, ...]":
     """Write packed blocks as Parquet files below a folder; returns the files in the order of the blocks."""
     from app.datasource import ParquetFiles
 
@@ -169,11 +169,12 @@ def prepare(config: Config, table: TableVersion) -> "tuple[Packed, PreTrainedTok
     if packed is None:
         packed = _make(config, table, storage, name)
     training = config.training
-    needed = training.max_workers * training.micro_batch_size
+    needed = min(training.blocks_per_step, training.max_workers * training.micro_batch_size)
     if packed.blocks < needed:
         raise StageFailed(
             f"{table} fills {packed.blocks} blocks of {training.block_tokens} tokens, one step takes {needed} "
-            f"(training.num_workers={training.max_workers} x training.micro_batch_size={training.micro_batch_size})",
+            f"(training.num_workers={training.max_workers} x training.micro_batch_size={training.micro_batch_size}, or "
+            "training.global_batch_size)",
             "ingest more conversations or lower one of these",
         )
     return packed, load_tokenizer(packed)
@@ -379,20 +380,36 @@ def _base_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
 
 
 def _fingerprint(base_model: str) -> Any:
-    """What tells one base model from another: its files' content, on a store their times; or its hub id."""
+    """What tells one base model from another: the content of the files in its folder, on a store their times; or its
+    hub id. Folders within it are others', such as the checkpoints that it was trained with.
+
+    Raises:
+        ModelError: A file cannot be read.
+        StorageError: The store does not answer.
+    """
     if is_remote(base_model):
-        filesystem, path = open_uri(base_model)
-        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-        return sorted([info.path, info.size, info.mtime_ns] for info in infos if info.type == fs.FileType.File)
+        root = Storage(base_model)
+        infos = [info for info in root.files() if "/" not in info.path.removeprefix(root.root_path).lstrip("/")]
+        return sorted([info.path, info.size, info.mtime_ns] for info in infos)
     folder = Path(source(base_model))
     if not folder.is_dir():
         return base_model
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [[str(file.relative_to(folder)), _content_digest(str(file), file.stat().st_mtime_ns)] for file in files]
+    try:
+        return [[file.name, _content_digest(file)] for file in sorted(folder.iterdir()) if file.is_file()]
+    except OSError as error:
+        raise ModelError(f"cannot read base model {base_model} ({error})", "check its permissions") from error
 
 
-@functools.lru_cache(maxsize=256)
-def _content_digest(file: str, mtime_ns: int) -> str:
-    """Of a file as it was at that time."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _content_digest(file: Path) -> str:
+    """SHA-256; of a large file it is kept on this node, since every trial asks."""
+    about = file.stat()
+    if about.st_size < LARGE_BYTES:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    known = node_cache() / f"digest-{digest([str(file.resolve()), about.st_size, about.st_mtime_ns])}"
+    if not known.exists():
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        aside = known.with_name(f"{known.name}.{uuid.uuid4().hex}")
+        aside.write_text(found)
+        aside.replace(known)
+    return known.read_text()

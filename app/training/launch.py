@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from app import cluster
 from app import model as models
 from app.config import Config, TrainingConfig
-from app.errors import ClusterError, ModelError, RayloopError, StageFailed
+from app.errors import ClusterError, ModelError, RayloopError, StageFailed, StorageError
 from app.job import job_id
 from app.storage import Storage
 from app.training import adapters, attention, checkpoint, data, loss, preference_blocks
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+STARTS = 3
+"""Controllers that may fail to start where `training.max_failures` allows any number of failures."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train 2.60 keeps which checkpoints there are, in a run's folder."""
 _RESUBMIT = "a job submitted again goes on from the last checkpoint"
@@ -43,28 +45,18 @@ def run_training(
     run_name: str,
     callbacks: Sequence[Any] = (),
     report: Callable[[Event], None] | None = None,
+    board: Any = None,
 ) -> "Result":
     """Train on the cluster, from the newest whole checkpoint under `storage_path`/`run_name` if there is one.
 
     `report` hears on a thread of this process of every `kind` of event: start {pid, rank, workers, from_step}, step
     {step, loss, tokens_per_s}, bad_loss {step, loss, action}, report {the metrics} and, every second, tick; `callbacks`
-    are Ray Train's.
+    are Ray Train's. `board` is the actor that events are posted to, if there is one.
 
     Raises:
         ClusterError: The cluster can never hold the workers.
         StageFailed: Workers failed more often than `training.max_failures`, or the loss is bad.
     """
-    # Two jobs would remove each other's checkpoints.
-    with (
-        cluster.claimed(Storage(storage_path).uri(run_name), job_id(), Board) as board,
-        _listening(board, report) if report else nullcontext(),
-    ):
-        return _run_training(config, table, storage_path, run_name, callbacks, board if report else None)
-
-
-def _run_training(
-    config: Config, table: TableVersion, storage_path: str, run_name: str, callbacks: Sequence[Any], board: Any
-) -> "Result":
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -102,34 +94,46 @@ def _run_training(
         "use_gpu": training.use_gpu,
         "resources_per_worker": {"CPU": training.cpus_per_worker, **({"GPU": 1} if training.use_gpu else {})},
     }
-    # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
-    told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
-    run: Any = functools.partial(work, told)
-    for failures in itertools.count(1):
-        _tidy(storage, run_name, training.keep_checkpoints)
-        trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
-        try:
-            result: Any = trainer.fit()
-            break
-        except TrainingFailedError as error:
-            _tidy(storage, run_name, training.keep_checkpoints)
-            raise _explained(error, training) from error
-        except RayActorError as error:  # the controller, and with it its workers
-            if error.actor_init_failed:
-                raise StageFailed(f"training's controller cannot start ({error})", "see its cause there") from error
-            if 0 <= training.max_failures < failures:
-                raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
-            logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
+    # Two jobs would remove each other's checkpoints.
+    unheld = board is None and report is not None
+    held = cluster.claimed(storage.uri(run_name), job_id(), Board) if unheld else nullcontext(board)
+    with held as board, _listening(board, report):
+        # Bound, not given as `train_loop_config`: the controller would unpickle that, and import what workers need.
+        told = WorkerSettings(config, packed, storage.root_uri, run_name, board, pairs)
+        run: Any = functools.partial(work, told)
+        for failures in itertools.count(1):
+            _tidy(storage, run_name)
+            trainer = TorchTrainer(run, scaling_config=ScalingConfig(**workers), run_config=RunConfig(**settings))
+            try:
+                result: Any = trainer.fit()
+                break
+            except TrainingFailedError as error:
+                _tidy(storage, run_name)
+                raise _explained(error, training) from error
+            except RayActorError as error:  # the controller, and with it its workers
+                most = training.max_failures
+                if most < 0 and error.actor_init_failed:
+                    most = STARTS
+                if 0 <= most < failures:
+                    raise StageFailed(f"training's controller died {failures} times ({error})", _RESUBMIT) from error
+                logger.warning("training's controller died: it starts again from the last checkpoint (%s)", error)
     if result.return_value is not None:
         raise result.return_value
     ended: Result = result
     return ended
 
 
-def _tidy(storage: Storage, run_name: str, keep: int) -> None:
+def _tidy(storage: Storage, run_name: str) -> None:
     """Remove what was cut short of checkpoints that nobody writes any more. Ray Train's own record goes too where it
     names one that is gone, or was cut short itself: with such a one it would never start again."""
-    checkpoint.remove_unfinished(storage, run_name)
+    try:
+        checkpoint.remove_unfinished(storage, run_name)
+        _check_snapshot(storage, run_name)
+    except StorageError as error:  # must not hide why training ended; the next attempt does it
+        logger.warning("what was cut short of checkpoints stays for now (%s)", error)
+
+
+def _check_snapshot(storage: Storage, run_name: str) -> None:
     if not storage.exists(run_name, SNAPSHOT):
         return
     try:
@@ -141,7 +145,6 @@ def _tidy(storage: Storage, run_name: str, keep: int) -> None:
     if why:
         logger.warning("%s is set aside: %s", storage.uri(run_name, SNAPSHOT), why)
         storage.remove_file(run_name, SNAPSHOT)
-        checkpoint.keep_best(storage, run_name, keep)
 
 
 def check_base_model(config: Config) -> None:
@@ -201,8 +204,11 @@ def _needed(training: TrainingConfig) -> dict[str, float]:
 
 
 @contextmanager
-def _listening(board: Any, report: Callable[[Event], None]) -> Iterator[None]:
+def _listening(board: Any, report: Callable[[Event], None] | None) -> Iterator[None]:
     """While a board's events reach `report` on a thread of this process, the last ones before the way out."""
+    if report is None:
+        yield
+        return
     stop = threading.Event()
     failures: list[Exception] = []
 

@@ -4,6 +4,7 @@ It runs wherever torch.distributed is set up: under Ray Train, or under torchrun
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -75,7 +76,7 @@ def run(
     computed = Computed(engine, training)
     position = checkpoint.restore(engine, resume) if resume else Position()
     stream = Stream(take, training, position.blocks)
-    losses = Losses(training, begun["losses"] if begun else None)
+    losses = Losses(training, begun.get("losses") if begun else None)
     notice = _Notice(hooks, position.step, engine.device)
     meter = _Meter(position)
     usage = Utilisation(engine, training) if dist.get_rank() == 0 else None
@@ -100,7 +101,7 @@ def run(
             meter.add(done)
         position = replace(position, step=position.step + 1, blocks=stream.place)
         if usage is not None:
-            speed = meter.rate(computed.group.groups)
+            speed = meter.rate()
             values = {
                 "loss": done.loss,
                 "learning_rate": rate,
@@ -118,10 +119,10 @@ def run(
             if checkpoints and math.isfinite(metrics["validation_loss"]):
                 few = {name: column[: checkpoint.SCORED_BLOCKS] for name, column in validation.items()}
                 score = Score(few, math.exp(computed.validation_loss(few, training.micro_batch_size)))
-                run = {"blocks_per_step": blocks_per_step, "losses": losses.state()}
-                part = checkpoint.snapshot(engine, tokenizer, position, run, metrics, score)
+                begun = {"blocks_per_step": blocks_per_step, "losses": losses.state()}
+                part = checkpoint.snapshot(engine, tokenizer, position, begun, metrics, score)
             elif ends and checkpoints:
-                raise StageFailed("the validation loss at the end is not finite", bad_losses.REMEDY)
+                raise StageFailed("the validation loss at the end is not finite", bad_losses.LOWER)
             hooks.report(metrics, part)
             meter = _Meter(position)
 
@@ -148,9 +149,9 @@ class Done:
     """What a step did."""
 
     loss: float
-    """Mean over the micro batches of all workers."""
+    """Mean over all that was learned, by all workers."""
     tokens: int
-    """That this worker's group read, without padding."""
+    """That all workers read, without padding."""
     waited_s: float
     """For data, in seconds."""
 
@@ -177,15 +178,14 @@ class Computed:
         Where the loss is a number and its gradient is none, no step is taken either: that loss is then nan.
         """
         losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        tokens, began_s = 0, time.monotonic()
+        began_s = time.monotonic()
         batches = [next(stream) for _ in range(micro_batches)]
         waited_s = time.monotonic() - began_s
-        share = self._share(batches)
+        share, tokens = self._counted(batches)
         for left, batch in zip(range(micro_batches - 1, -1, -1), batches, strict=True):
             mean = self._mean_loss(batch, share)
             self.engine.backward(mean * self._parts)
             losses += mean.detach()
-            tokens += tokens_in(batch["position_ids"])
             if left:
                 self.engine.step()
         dist.all_reduce(losses)
@@ -201,16 +201,18 @@ class Computed:
             found = math.nan if getattr(self.engine.optimizer, "overflow", False) else found
         return Done(found, tokens, waited_s)
 
-    def _share(self, batches: list[Batch]) -> float:
+    def _counted(self, batches: list[Batch]) -> tuple[float, int]:
         """What the sum over a micro batch's tokens, or pairs, is multiplied with, so that the mean over micro batches
-        and groups, which DeepSpeed takes, is the mean over all of the step."""
+        and groups, which DeepSpeed takes, is the mean over all of the step; and the step's tokens."""
         if self._beta is None:
             learned = sum(int((batch["labels"][:, 1:] != NOT_LEARNED).sum()) for batch in batches)
         else:
             learned = sum(dpo.pairs_in(batch) for batch in batches)
-        counted = torch.tensor(learned, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(counted)
-        return len(batches) * self.group.groups * self.group.size / max(1.0, float(counted))
+        tokens = sum(tokens_in(batch["position_ids"]) for batch in batches)
+        counted = torch.tensor([learned, tokens], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(counted)  # in which each worker of a group counts all of its blocks
+        share = len(batches) * self.group.groups * self.group.size / max(1.0, float(counted[0]))
+        return share, int(counted[1]) // self.group.size
 
     def _mean_loss(self, batch: Batch, share: float) -> torch.Tensor:
         """This worker's part of a micro batch's loss: see `step`."""
@@ -289,7 +291,7 @@ def _rolled_back(engine: Any, hooks: Hooks, losses: Losses, found: float, step: 
             raise StageFailed(
                 f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", bad_losses.REMEDY
             )
-        losses.go_back(checkpoint.state(folder)["losses"])
+        losses.go_back(checkpoint.state(folder).get("losses"))
         return checkpoint.restore(engine, folder)
 
 
@@ -301,13 +303,15 @@ def _seed(*parts: int) -> int:
 class Stream(Iterator[Batch]):
     """This worker's micro batches: the workers, or the groups of those that compute one together, take turns along
     the sequence, so that a step's blocks lie together. Where these do not divide, some batches have one block less;
-    one that would have none is a block of padding, since all workers compute as many."""
+    one that would have none is a block of padding, since all workers compute as many. Groups that split blocks compute
+    batches of one size, which are filled up so."""
 
     def __init__(self, take: Take, training: TrainingConfig, place: int) -> None:
         self._take, self._group, self._step_blocks = take, Group.of(training), training.blocks_per_step
         self._turns = training.gradient_accumulation_steps * self._group.groups
         """That are taken in a step."""
         self._turn = self._group.number
+        self._fewest = training.micro_batch_size if self._group.splits_blocks else 1
         self.place = place
         """Where the next step begins, once its micro batches were all taken."""
 
@@ -319,10 +323,9 @@ class Stream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         first, end = (turn * self._step_blocks // self._turns for turn in (self._turn, self._turn + 1))
-        batch = self._take(self.place + first, max(1, end - first))
-        if first == end:
-            nothing = {"labels": NOT_LEARNED, "position_ids": 0}
-            batch = {**batch, **{name: np.full_like(batch[name], fill) for name, fill in nothing.items()}}
+        batch = self._take(self.place + first, max(self._fewest, end - first))
+        for name, padding in (("labels", NOT_LEARNED), ("position_ids", 0)):
+            batch[name][end - first :] = padding
         self._turn += self._group.groups
         if self._turn >= self._turns:
             self._turn = self._group.number
@@ -383,27 +386,23 @@ class _Meter:
         self.tokens += done.tokens
         self.waited_s += done.waited_s
 
-    def rate(self, groups: int) -> dict[str, float]:
-        """Tokens a second, taking the other groups to be as fast; share of the time spent waiting for data."""
+    def rate(self) -> dict[str, float]:
+        """Tokens a second of all workers; share of the time that this one waited for data."""
         seconds = max(1e-9, time.monotonic() - self._started_s)
-        return {"tokens_per_s": self.tokens * groups / seconds, "data_stall_fraction": self.waited_s / seconds}
+        return {"tokens_per_s": self.tokens / seconds, "data_stall_fraction": self.waited_s / seconds}
 
-    def total(self, engine: Any) -> tuple[float, int, float]:
+    def total(self) -> tuple[float, int, float]:
         """Mean training loss and tokens of all workers, and this worker's seconds."""
-        seconds = time.monotonic() - self._started_s
-        sums = torch.tensor([sum(self.losses), len(self.losses), self.tokens], dtype=torch.float64)
-        sums = sums.to(engine.device)
-        dist.all_reduce(sums)
-        return float(sums[0] / sums[1]), int(sums[2]), seconds
+        loss = statistics.fmean(self.losses) if self.losses else math.nan
+        return loss, self.tokens, time.monotonic() - self._started_s
 
 
 def _judge(
     computed: Computed, training: TrainingConfig, validation: Batch, position: Position, meter: _Meter
 ) -> tuple[Position, dict[str, float]]:
     """The position with what was done since the last report, and the metrics to report."""
-    stall = meter.rate(computed.group.groups)["data_stall_fraction"]
-    training_loss, tokens, seconds = meter.total(computed.engine)
-    tokens //= computed.group.size  # each worker of a group has counted all of its tokens
+    stall = meter.rate()["data_stall_fraction"]
+    training_loss, tokens, seconds = meter.total()
     position = replace(position, tokens=position.tokens + tokens, seconds=position.seconds + seconds)
     found = computed.validation_loss(validation, training.micro_batch_size)
     return position, {

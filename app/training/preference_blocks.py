@@ -65,12 +65,12 @@ def prepare(config: Config, table: TableVersion) -> Packed:
         [split] = cluster.collect([cluster.submit(_make, config, table, pairs, gpus=gpus)])
         packed = _write(storage, name, split, data.prepare(config, table)[0])
     training = config.training
-    needed = training.max_workers * training.micro_batch_size
+    needed = min(training.blocks_per_step, training.max_workers * training.micro_batch_size)
     if packed.blocks < needed:
         raise StageFailed(
             f"{len(pairs)} preference pairs fill {packed.blocks} blocks of {training.block_tokens} tokens, one step "
             f"takes {needed} (training.num_workers={training.max_workers} x "
-            f"training.micro_batch_size={training.micro_batch_size})",
+            f"training.micro_batch_size={training.micro_batch_size}, or training.global_batch_size)",
             "collect more feedback or lower one of these",
         )
     return packed

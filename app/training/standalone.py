@@ -87,10 +87,10 @@ def _begun(storage: Storage, name: str, training: TrainingConfig, packed_digest:
     learns = {"blocks": packed_digest, **training.identity()}
     if storage.exists(*place, "learns.json"):
         begun = json.loads(storage.read(*place, "learns.json"))
-        other = sorted(key for key in learns.keys() | begun.keys() if learns.get(key) != begun.get(key))
+        other = sorted(key for key in begun if learns.get(key) != begun[key])
         if other:
             raise ConfigError(
-                f"run {name} has begun with {other[0]}={begun.get(other[0])!r}, got {learns.get(other[0])!r}",
+                f"run {name} has begun with {other[0]}={begun[other[0]]!r}, got {learns.get(other[0])!r}",
                 "give this run another --name",
             )
     checkpoint.remove_unfinished(storage, "/".join(place))
@@ -159,11 +159,18 @@ class _Teller:
 
 
 def _from_first(find: Callable[[], Any]) -> Any:
-    """What worker 0 finds, on every worker."""
+    """What worker 0 finds, on every worker; so are our errors."""
     import torch.distributed as dist
 
-    found = [find() if dist.get_rank() == 0 else None]
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find()]
+        except RayloopError as error:
+            found = [error]
     dist.broadcast_object_list(found)
+    if isinstance(found[0], RayloopError):
+        raise found[0]
     return found[0]
 
 

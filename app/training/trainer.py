@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app import lineage, tables
+from app import cluster, lineage, tables
 from app.config import Config
 from app.errors import StageFailed
 from app.job import job_id
@@ -29,7 +29,7 @@ from app.telemetry import Progress, progress
 from app.training import adapters, checkpoint, data, preference_blocks, report
 from app.training.base_model import pinned, source
 from app.training.launch import check_base_model, check_cluster, run_training
-from app.training.worker import Event
+from app.training.worker import Board, Event
 from app.versions import ModelVersion, TableVersion, code_version, digest
 
 __all__ = ["Trained", "run_name", "run_training", "train"]
@@ -51,7 +51,7 @@ def train(config: Config, table: TableVersion) -> Trained:
     Raises:
         ModelError: The base model cannot be loaded.
         RegistryError: The base model is a version that is not registered.
-        ClusterError: The cluster cannot hold the workers.
+        ClusterError: The cluster cannot hold the workers, or another job trains the same run.
         StageFailed: The table is too small, or workers failed too often.
     """
     config, base = pinned(config)
@@ -59,9 +59,13 @@ def train(config: Config, table: TableVersion) -> Trained:
     check_cluster(config.training)
     storage = Storage(config.storage.uri)
     name = run_name(config, table)
-    with _recorded(config, table, name) as record:
+    place = storage.uri("checkpoints")
+    with (
+        cluster.claimed(storage.uri("checkpoints", name), job_id(), Board) as board,
+        _recorded(config, table, name) as record,
+    ):
         if _finished(storage, name, config) is None:
-            run_training(config, table, storage_path=storage.uri("checkpoints"), run_name=name, report=record.hear)
+            run_training(config, table, storage_path=place, run_name=name, report=record.hear, board=board)
         uri = _finished(storage, name, config)
         if uri is None:
             raise StageFailed(

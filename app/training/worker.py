@@ -181,10 +181,14 @@ class _Teller:
 
         self.wait()
         dist.barrier()  # until every worker's part is there
-        found = [checkpoint.newest_whole(self._storage, self._run_name) if self._rank == 0 else None]
+        found = [self._found() if self._rank == 0 else None]
         dist.broadcast_object_list(found)
         with checkpoint.fetched(found[0]) as folder:
             yield folder
+
+    def _found(self) -> str | None:
+        checkpoint.remove_unfinished(self._storage, self._run_name)  # or a full disk would stay full
+        return checkpoint.newest_whole(self._storage, self._run_name)
 
     def start(self, resume: Path | None) -> None:
         import torch.distributed as dist

@@ -64,7 +64,7 @@ def tune(config: Config, table: TableVersion) -> Tuned:
         ConfigError: The space names something that is no training setting, or the searcher is not installed.
         ModelError: The base model cannot be loaded.
         RegistryError: The base model is a version that is not registered.
-        ClusterError: The cluster cannot hold the trials that run at a time.
+        ClusterError: The cluster cannot hold the trials that run at a time, or another job makes the same search.
         StageFailed: More trials failed than `tuning.max_failed_fraction` allows.
     """
     space.check(config)

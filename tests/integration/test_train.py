@@ -189,7 +189,7 @@ HOLD = """
 import sys, time, ray
 from app import cluster
 ray.init(address=sys.argv[1], log_to_driver=False)
-with cluster.claimed("checkpoints/claimed", "the-first-job"):
+with cluster.claimed(sys.argv[2], "the-first-job"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -198,25 +198,26 @@ with cluster.claimed("checkpoints/claimed", "the-first-job"):
 def test_a_run_is_one_jobs_at_a_time_until_that_job_ends_in_whatever_way(
     config: Config, table: TableVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = ray.get_runtime_context().gcs_address
-    other = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", HOLD, address], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    from app.training.trainer import run_name, train
+
+    other_settings = config.with_overrides({"training.seed": 99})
+    name = run_name(other_settings, table)
+    held = Storage(config.storage.uri).uri("checkpoints", name)
+    command = [sys.executable, "-W", "ignore", "-c", HOLD, ray.get_runtime_context().gcs_address, held]
+    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         monkeypatch.setattr("app.cluster.CLAIM_S", 2.0)
-        with (
-            pytest.raises(ClusterError, match="job the-first-job works on checkpoints/claimed"),
-            claimed("checkpoints/claimed", "the-second"),
-        ):
-            pass
+        with pytest.raises(ClusterError, match=f"job the-first-job works on {held}"):
+            train(other_settings, table)
+        assert Registry(config).unfinished_run(name) is None, "nothing was begun that the first job would find"
     finally:
         other.kill()
         other.wait()
     monkeypatch.undo()
     for job in ("the-second", "the-third"):
-        with claimed("checkpoints/claimed", job):
+        with claimed(held, job):
             pass
 
 

@@ -71,6 +71,15 @@ def test_every_zero_stage_learns_in_bf16_what_fp32_does_and_goes_on_exactly(
         assert whole["validation"]["12"] == pytest.approx(plain["12"], abs=5e-3), stage
         assert whole["model_loss"] == pytest.approx(plain["12"], abs=0.05), "computed in bf16"
         assert resumed["validation"]["12"] == pytest.approx(whole["validation"]["12"], abs=1e-5), stage
+        assert len(resumed["steps"]) == 6
+
+
+def test_muon_learns_the_same_in_bf16_and_stage_0_as_in_stage_1(store: Path) -> None:
+    ways = [
+        {"training.precision": "bf16", "training.optimizer": "muon", "training.zero_stage": stage} for stage in (0, 1)
+    ]
+    replicated, sharded = packed.trained(store, ways)
+    assert replicated["validation"]["12"] == pytest.approx(sharded["validation"]["12"], abs=1e-2)
 
 
 @pytest.mark.slow
@@ -88,14 +97,21 @@ def test_deepspeeds_own_adam_learns_what_torchs_does_and_goes_on(store: Path, pl
     for way, found in zip(ways, packed.trained(store, [{**way} for way in ways]), strict=True):
         near = 5e-3 if "training.precision" in way else 2e-6
         assert found["validation"]["12"] == pytest.approx(plain["12"], abs=near), way
+        assert len(found["steps"]) == (6 if way["resume"] else 12)
 
 
 def test_blocks_that_do_not_divide_count_as_much_in_whatever_micro_batch_they_are(store: Path) -> None:
     """5 and 4 blocks; 1 and 2, three times; and a turn that one worker has nothing for."""
-    ways = [{"training.global_batch_size": 9, "training.micro_batch_size": size} for size in (5, 2, 1)]
-    two_large, *others = packed.trained(store, ways)
-    for found in others:
-        assert found["validation"] == pytest.approx(two_large["validation"], abs=2e-6)
+    ways: list[dict[str, Any]] = [{"training.micro_batch_size": size} for size in (5, 2, 1)]
+    ways += [
+        {"training.micro_batch_size": 1, "training.zero_stage": 3, "training.activation_checkpointing": True},
+        {"training.micro_batch_size": 2, "training.zero_stage": 3, **PARALLEL["sequence"]},
+        {"training.micro_batch_size": 2, "training.zero_stage": 1, **PARALLEL["tensor"]},
+    ]
+    two_large, *others = packed.trained(store, [{"training.global_batch_size": 9, **way} for way in ways])
+    for found, way in zip(others, ways[1:], strict=True):
+        assert found["validation"] == pytest.approx(two_large["validation"], abs=2e-6), way
+        assert found["tokens"] == two_large["tokens"], way
 
 
 @pytest.mark.slow
@@ -140,7 +156,6 @@ def test_checkpoints_of_every_kind_of_group_are_gone_on_from(
         ({"attention": "flash", "use_gpu": True, "sequence_parallel_size": 2}, "forgets where conversations end"),
         ({"adam_kernel": "deepspeed", "precision": "bf16", "zero_stage": 0}, "has no checkpoints"),
         ({"attention": "flash", "use_gpu": True}, "attention=flash needs micro_batch_size=1, got 8"),
-        ({"gradient_clipping": 0.5, "optimizer": "muon"}, "gradient_clipping=0.5 has no effect with optimizer=muon"),
         ({"adam_kernel": "fused", "optimizer": "muon"}, "is for optimizer=adamw"),
         ({"num_workers": [1, 2], "tensor_parallel_size": 2}, "needs a fixed num_workers, got 1 to 2"),
     ],
