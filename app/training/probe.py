@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,23 @@ class Workers:
         )
 
 
+def free_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that may still be taken here: of the machine's, and of what a container may have of it."""
+    import psutil
+
+    found = int(psutil.virtual_memory().available)
+    # Of version 2 and 1; the page cache counts as used there, and what was not read lately is given up first.
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        folder = cgroups if limit == "memory.max" else cgroups / "memory"
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # none, or without a limit
+            continue
+        found = min(found, left + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
+    return found
+
+
 class _Worker:
     """One of them."""
 
@@ -111,9 +129,7 @@ class _Worker:
             import torch
 
             return node, int(torch.cuda.mem_get_info()[0])
-        import psutil
-
-        return node, int(psutil.virtual_memory().available)
+        return node, free_bytes()
 
     def address(self) -> str:
         """Where the workers may meet."""

@@ -1,5 +1,6 @@
 """What a worker is said to need of memory."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from app import model as models
 from app.config import Config, TrainingConfig
 from app.training import memory
+from app.training.probe import free_bytes
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,30 @@ def test_a_checkpoint_is_pieces_a_copy_and_the_model_that_is_loaded_again(tokeni
     """With AdamW on two workers 12 / 2 bytes a weight of pieces, and 2 + 2 of the model in bf16."""
     found = predicted(tokenizer, zero_stage=1, precision="bf16", num_workers=2)
     assert found.checkpoint == pytest.approx((12 / 2 + 4) * weights(tokenizer), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"),
+    [
+        ("", {"memory.max": "1000000", "memory.current": "900000", "memory.stat": "anon 5\ninactive_file 200000\n"}),
+        (
+            "memory",
+            {
+                "memory.limit_in_bytes": "1000000",
+                "memory.usage_in_bytes": "900000",
+                "memory.stat": "inactive_file 7\ntotal_inactive_file 200000\n",
+            },
+        ),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, folder: str, files: dict[str, str]) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (tmp_path / folder / name).write_text(content)
+    assert free_bytes(tmp_path) == 300_000
+
+
+def test_without_a_container_the_machine_has_what_it_has(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path) > 100_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(tmp_path) > 100_000_000
