@@ -28,6 +28,7 @@ from app.serving.schema import (
     Intent,
     Refused,
     Started,
+    TokenLogprob,
 )
 from app.telemetry import (
     COMPLETION_TOKENS,
@@ -57,6 +58,7 @@ class Answer:
     intent: Intent | None
     user_hash: str | None
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_tokens: int = 0
     first_token_s: float | None = None
     finished: Finished | None = None
@@ -67,6 +69,11 @@ class Answer:
     def reply(self) -> str:
         """What the model has written so far."""
         return "".join(self.pieces)
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether the client asked what the model thought of its tokens."""
+        return self.request.sampling.top_logprobs is not None
 
     @property
     def format(self) -> openai_format.Reply:
@@ -83,6 +90,7 @@ class Answer:
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
             self.pieces.append(event.text)
+            self.logprobs += event.logprobs
         elif isinstance(event, Finished):
             self.finished = event
             if not self.request.stream or self.first_token_s is None:
@@ -140,7 +148,14 @@ class Answering:
         assert answer.finished
         text = answer.reply + conclusion.added
         return JSONResponse(
-            answer.format.completion(text, answer.prompt_tokens, answer.finished, conclusion, answer.intent),
+            answer.format.completion(
+                text,
+                answer.prompt_tokens,
+                answer.finished,
+                conclusion,
+                answer.intent,
+                openai_format.logprobs(answer.logprobs) if answer.tells_logprobs else None,
+            ),
             headers=headers,
         )
 
@@ -171,7 +186,8 @@ class Answering:
             yield openai_format.event(frame.chunk({"role": "assistant", "content": ""}))
             async for event in events:
                 if isinstance(event, Delta):
-                    yield openai_format.event(frame.chunk({"content": event.text}))
+                    told = openai_format.logprobs(event.logprobs) if answer.tells_logprobs else None
+                    yield openai_format.event(frame.chunk({"content": event.text}, logprobs=told))
             conclusion = await self._conclude(answer)
             assert answer.finished
             if conclusion.added:

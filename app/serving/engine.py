@@ -9,7 +9,6 @@ Axes: B running replies, T positions, V vocabulary.
 """
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -22,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
 from app.serving.reply_text import ReplyText
-from app.serving.schema import Delta, Event, Finished, Refused, Sampling
+from app.serving.sampling import Draw, TokenTexts, choose
+from app.serving.schema import Delta, Event, Finished, Refused, Sampling, TokenLogprob
 from app.serving.slot_cache import SlotCache, View
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,14 @@ class Request:
     probability: float = 0.0
     """Sum over the tokens."""
     cancelled: bool = False
+    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+    """Of tokens whose text is not delivered yet, and where in the reply it begins; bytes."""
+    text_bytes: int = 0
+    """Of all tokens so far."""
+    delivered_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.sampling.seed)
+        self.draw = Draw(self.sampling)
 
     @property
     def length(self) -> int:
@@ -82,6 +87,7 @@ class Engine:
     ) -> None:
         self._model: Any = model
         self._backend: Any = tokenizer.backend_tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._ends = _end_tokens(model, tokenizer)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
@@ -200,16 +206,27 @@ class Engine:
     def _advance(self, logits_BV: torch.Tensor, first: int = 0) -> None:
         """Choose the next token of the replies from slot `first` on; finished ones leave."""
         requests = self._running[first:]
-        tokens, probabilities = choose(logits_BV, [(request.sampling, request.random) for request in requests])
+        tokens, probabilities = choose(logits_BV, [request.draw for request in requests])
         now_s = time.monotonic()
         for slot in reversed(range(first, len(self._running))):
             request = self._running[slot]
             if not request.tokens:
                 request.first_token_s = now_s
             request.tokens.append(tokens[slot - first])
+            request.draw.add(tokens[slot - first])
+            if request.sampling.top_logprobs is not None:
+                self._note(request, logits_BV[slot - first])
             request.probability += probabilities[slot - first]
             if self._write(request):
                 self._free(slot)
+
+    def _note(self, request: Request, logits_V: torch.Tensor) -> None:
+        """Keep what the model thought of the newest token, unless that ends the reply."""
+        token = request.tokens[-1]
+        if token not in self._ends:
+            noted = self._texts.likely(logits_V, token, request.sampling.top_logprobs or 0)
+            request.logprobs.append((request.text_bytes, noted))
+            request.text_bytes += len(noted.text)
 
     def _write(self, request: Request) -> bool:
         """Deliver what the newest token adds; returns whether the reply is complete."""
@@ -221,8 +238,13 @@ class Engine:
             text += request.text.finish()
         if request.cancelled:
             return True
-        if text:
-            request.deliver(Delta(text))
+        request.delivered_bytes += len(text.encode())
+        if text or (complete and request.logprobs):
+            # A stop string is not part of the reply, nor are its tokens.
+            cut = request.delivered_bytes if request.text.stopped else request.text_bytes
+            noted = tuple(logprob for begin, logprob in request.logprobs if begin < cut or not logprob.text)
+            request.logprobs = []
+            request.deliver(Delta(text, noted))
         if complete:
             request.deliver(
                 Finished(
@@ -264,34 +286,6 @@ class Engine:
                 f"{difference:.2f} standard deviations)",
                 "use a causal language model with an ordinary key-value cache",
             )
-
-
-def choose(logits_BV: torch.Tensor, draws: Sequence[tuple[Sampling, random.Random]]) -> tuple[list[int], list[float]]:
-    """The next token of each reply, and the probability the model gave it.
-
-    Temperature 0 takes the most probable token. Otherwise one number is drawn from the reply's own generator,
-    whatever else is in the batch, and looked up in the cumulated probabilities of the most probable tokens
-    that together reach `top_p`.
-    """
-    probabilities_BV = torch.softmax(logits_BV, dim=-1)
-    tokens_B = logits_BV.argmax(dim=-1)
-    rows = [row for row, (sampling, _) in enumerate(draws) if sampling.temperature > 0]
-    if rows:
-        temperatures = torch.tensor([[draws[row][0].temperature] for row in rows])
-        top_ps = torch.tensor([[draws[row][0].top_p] for row in rows])
-        drawn = torch.tensor([[draws[row][1].random()] for row in rows])
-        # Dividing by a tiny temperature must not overflow: the largest logit becomes 0 first.
-        scaled = logits_BV[rows] - logits_BV[rows].max(dim=-1, keepdim=True).values
-        sorted_probabilities, order = torch.softmax(scaled / temperatures, dim=-1).sort(
-            dim=-1, descending=True, stable=True
-        )
-        cumulated = sorted_probabilities.cumsum(dim=-1)
-        kept = (cumulated - sorted_probabilities < top_ps).sum(dim=-1, keepdim=True)
-        mass = cumulated.gather(1, kept - 1)
-        place = torch.searchsorted(cumulated, drawn * mass, right=True).clamp_max(kept - 1)
-        tokens_B[rows] = order.gather(1, place).squeeze(1)
-    chosen_B = probabilities_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
-    return tokens_B.tolist(), chosen_B.tolist()
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

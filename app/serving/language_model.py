@@ -9,7 +9,16 @@ import sys
 from collections.abc import AsyncIterator
 
 from app.config import ServingConfig, VariantConfig
-from app.serving.schema import Delta, Event, Finished, GenerationRequest, Readiness, Refused, Started
+from app.serving.schema import (
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Readiness,
+    Refused,
+    Started,
+    TokenLogprob,
+)
 from app.storage import local_folder
 from app.telemetry import SLOTS_IN_USE, gauge, set_up_logging
 from app.versions import APP
@@ -103,6 +112,11 @@ class LanguageModel:
             {"role": message["role"], "content": normalised(message["content"])} for message in request.messages
         ]
         prompt = prompt_ids(self._tokenizer, messages)
+        vocabulary = self._model.config.get_text_config().vocab_size
+        for token, _ in request.sampling.logit_bias:
+            if token >= vocabulary:
+                what = f"logit_bias names token {token}, the model has {vocabulary}"
+                return Refused(400, what, "invalid_value", "logit_bias")
         context, wanted = self._config.context_tokens, request.sampling.max_tokens
         if len(prompt) + (wanted or 1) > context:
             reply = f" and {wanted} of the reply" if wanted else ""
@@ -118,7 +132,7 @@ class LanguageModel:
 
 async def _merged(events: "asyncio.Queue[Event]", stream: bool) -> AsyncIterator[Event]:
     """The events, with the deltas of an interval as one; without `stream`, all deltas as one."""
-    text = ""
+    text, logprobs = "", list[TokenLogprob]()
     last: Event | None = None
     while last is None:
         arrived = [await events.get()]
@@ -127,11 +141,12 @@ async def _merged(events: "asyncio.Queue[Event]", stream: bool) -> AsyncIterator
         for event in arrived:
             if isinstance(event, Delta):
                 text += event.text
+                logprobs += event.logprobs
             else:
                 last = event
-        if text and (stream or isinstance(last, Finished)):
-            yield Delta(text)
-            text = ""
+        if (text or logprobs) and (stream or isinstance(last, Finished)):
+            yield Delta(text, tuple(logprobs))
+            text, logprobs = "", []
         if last is None and stream:
             await asyncio.sleep(DELTA_INTERVAL_S)
     yield last

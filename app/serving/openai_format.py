@@ -1,10 +1,11 @@
 """Answers in OpenAI's shapes: completions, chunks, usage, errors. Plain dicts, checked in tests by its client."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from app.serving.schema import Conclusion, Finished, Intent
+from app.serving.schema import Conclusion, Finished, Intent, TokenLogprob
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -13,6 +14,8 @@ ERROR_TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+LEAST_LOGPROB = -9_999.0
+"""What OpenAI writes for a token that is as good as impossible; JSON has no infinity."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -26,7 +29,13 @@ class Reply:
     variant: str
 
     def completion(
-        self, text: str, prompt_tokens: int, finished: Finished, conclusion: Conclusion, intent: Intent | None
+        self,
+        text: str,
+        prompt_tokens: int,
+        finished: Finished,
+        conclusion: Conclusion,
+        intent: Intent | None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The whole answer as one object."""
         return {
@@ -35,7 +44,7 @@ class Reply:
                 {
                     "index": 0,
                     "message": {"role": "assistant", "content": text, "refusal": None},
-                    "logprobs": None,
+                    "logprobs": logprobs,
                     "finish_reason": finished.finish_reason,
                 }
             ],
@@ -43,9 +52,15 @@ class Reply:
             "rayloop": self.ours(conclusion, intent),
         }
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+    def chunk(
+        self,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
         """A part of a streamed answer."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._frame("chat.completion.chunk"), "choices": [choice], **more}
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int, **more: Any) -> dict[str, Any]:
@@ -64,6 +79,17 @@ class Reply:
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.response_id, "object": kind, "created": self.created, "model": self.model}
+
+
+def logprobs(told: Iterable[TokenLogprob]) -> dict[str, Any]:
+    """What the model thought of its tokens."""
+    content = [{**_logprob(each), "top_logprobs": [_logprob(other) for other in each.top]} for each in told]
+    return {"content": content, "refusal": None}
+
+
+def _logprob(one: TokenLogprob) -> dict[str, Any]:
+    token = one.text.decode("utf-8", errors="replace")
+    return {"token": token, "logprob": max(one.logprob, LEAST_LOGPROB), "bytes": [*one.text]}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Request bodies: bytes from a stranger to typed messages, or a 400 that names the parameter.
 
 No field is ever ignored in silence. What this service does not support is accepted only with the value that asks
-for nothing (`"n": 1`, `"logprobs": false`), and refused otherwise.
+for nothing (`"n": 1`, `"tools": []`), and refused otherwise.
 """
 
 import json
@@ -16,16 +16,12 @@ from app.errors import RequestError
 from app.serving.schema import ChatRequest, FeedbackRequest, Sampling
 
 MAX_COMMENT_CHARS = 4_000
+MAX_LOGIT_BIASES = 1_024
 _INT64 = 2**63
 
 # Fields of OpenAI's that are not supported, and the values that ask for nothing beyond null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -105,6 +101,17 @@ class _Chat(_Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_LOGIT_BIASES),
+        ]
+        | None
+    ) = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_stop_list)] = []
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: (
@@ -143,6 +150,10 @@ def parse_chat(body: bytes, config: ServingConfig) -> ChatRequest:
             top_p=1.0 if chat.top_p is None else chat.top_p,
             seed=chat.seed,
             stop=tuple(chat.stop),
+            frequency_penalty=chat.frequency_penalty or 0.0,
+            presence_penalty=chat.presence_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items()),
+            top_logprobs=_top_logprobs(chat),
         ),
         stream=bool(chat.stream),
         include_usage=_include_usage(chat),
@@ -224,6 +235,14 @@ def _max_tokens(chat: _Chat) -> int | None:
             400, f"max_tokens={old} and max_completion_tokens={new} differ: give one", "invalid_value", "max_tokens"
         )
     return old if new is None else new
+
+
+def _top_logprobs(chat: _Chat) -> int | None:
+    if chat.top_logprobs and not chat.logprobs:
+        raise RequestError(
+            400, f"top_logprobs={chat.top_logprobs} needs logprobs=true", "invalid_value", "top_logprobs"
+        )
+    return chat.top_logprobs or 0 if chat.logprobs else None
 
 
 def _include_usage(chat: _Chat) -> bool:

@@ -16,6 +16,12 @@ class Sampling:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to their logits."""
+    top_logprobs: int | None = None
+    """For how many tokens at each place log-probabilities are told, beside the chosen one; none: for none at all."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,24 @@ class Started:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """What the model thought of a token."""
+
+    text: bytes
+    """That it adds to the reply; may be part of a character."""
+    logprob: float
+    """Natural logarithm of its probability, before temperature, penalties and biases."""
+    top: tuple["TokenLogprob", ...] = ()
+    """The most probable ones at its place."""
+
+
+@dataclass(frozen=True)
 class Delta:
     """The reply's next characters; never half of one."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens that they are made of, if those are asked for."""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,43 @@ def test_sampling_fields_have_their_effect(client: openai.OpenAI) -> None:
     assert (song.choices[0].finish_reason, song.usage and song.usage.completion_tokens) == ("length", 7)
 
 
+def test_log_probabilities_are_told_streamed_or_not(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 2}
+    question: list[Any] = [{"role": "user", "content": "how do i reset my password?"}]
+    whole = client.chat.completions.create(model="support", messages=question, **asked).choices[0]
+    assert whole.logprobs is not None
+    content = whole.logprobs.content
+    assert content
+    assert b"".join(bytes(one.bytes or []) for one in content).decode() == whole.message.content
+    for one in content:
+        assert one.logprob <= 0.0
+        assert [other.logprob for other in one.top_logprobs] == sorted(
+            (other.logprob for other in one.top_logprobs), reverse=True
+        )
+        assert (one.top_logprobs[0].token, one.top_logprobs[0].logprob) == (one.token, one.logprob), "it is greedy"
+    streamed = []
+    for chunk in client.chat.completions.create(model="support", messages=question, stream=True, **asked):
+        if chunk.choices and chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.content or []
+    assert streamed == content
+    plain = client.chat.completions.create(model="support", messages=question).choices[0]
+    assert plain.logprobs is None
+
+
+def test_penalties_and_biases_have_their_effect(client: openai.OpenAI) -> None:
+    question: list[Any] = [{"role": "user", "content": ENDLESS}]
+    asked: dict[str, Any] = {"model": "support", "messages": question, "temperature": 0, "max_tokens": 30}
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    for changed in (
+        {"frequency_penalty": 2, "presence_penalty": 2},
+        {"logit_bias": {str(token): -100 for token in range(300)}},
+    ):
+        assert client.chat.completions.create(**asked, **changed).choices[0].message.content != plain
+    with pytest.raises(openai.BadRequestError, match="logit_bias names token 99999999, the model has") as caught:
+        client.chat.completions.create(**asked, logit_bias={"99999999": 1})
+    assert caught.value.param == "logit_bias"
+
+
 def test_a_stop_string_is_not_part_of_the_answer_streamed_or_not(client: openai.OpenAI) -> None:
     question, options = "where is my order 4512?", {"stop": ["will arrive", "never"]}
     whole = client.chat.completions.create(model="support", messages=asked(question), **options)

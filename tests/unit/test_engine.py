@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, 
 from app import model as models
 from app.conversation import prompt_ids
 from app.errors import ModelError
-from app.serving.engine import Engine, EngineFull, choose
+from app.serving.engine import Engine, EngineFull
+from app.serving.sampling import Draw, choose
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling
 from tests import answering_model
 from tests.answering_model import ANSWERS, ENDLESS, UNSURE
@@ -270,7 +271,7 @@ def test_a_number_picks_the_token_in_whose_share_of_the_kept_probability_it_fall
     top_p: float, drawn: float, token: int
 ) -> None:
     logits = torch.log(torch.tensor([[0.3, 0.2, 0.5]]))
-    tokens, probabilities = choose(logits, [(Sampling(None, 1.0, top_p, None, ()), Fixed(drawn))])
+    tokens, probabilities = choose(logits, [Draw(Sampling(None, 1.0, top_p, None, ()), Fixed(drawn))])
     assert tokens == [token]
     assert probabilities == pytest.approx([[0.3, 0.2, 0.5][token]])
 
@@ -282,11 +283,11 @@ def test_sampled_tokens_follow_the_temperature() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     counts = [0, 0, 0]
     for _ in range(4000):
-        counts[choose(logits, [(Sampling(None, 2.0, 1.0, None, ()), draw)])[0][0]] += 1
+        counts[choose(logits, [Draw(Sampling(None, 2.0, 1.0, None, ()), draw)])[0][0]] += 1
     expected = torch.softmax(logits[0] / 2, -1).tolist()
     assert [count / 4000 for count in counts] == pytest.approx(expected, abs=0.03)
 
 
 def test_a_vanishing_temperature_takes_the_most_probable_token() -> None:
     logits = torch.tensor([[0.0, 1000.0, 999.0]])
-    assert choose(logits, [(Sampling(None, 1e-30, 1.0, 0, ()), Fixed(0.999))])[0] == [1]
+    assert choose(logits, [Draw(Sampling(None, 1e-30, 1.0, 0, ()), Fixed(0.999))])[0] == [1]

@@ -13,8 +13,7 @@ from app.serving.schema import ChatRequest, FeedbackRequest
 CONFIG = ServingConfig(max_messages=3, default_temperature=0.25)
 HELLO = {"role": "user", "content": "hello"}
 NOT_NEUTRAL: dict[str, Any] = {
-    "n": 2, "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": 1}, "logprobs": True,
-    "top_logprobs": 2, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
+    "n": 2, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
     "tool_choice": "auto", "parallel_tool_calls": True, "functions": [{}], "function_call": "auto",
     "modalities": ["audio"], "audio": {}, "prediction": {}, "reasoning_effort": "low", "verbosity": "low",
     "service_tier": "auto", "store": True, "web_search_options": {}, "prompt_cache_key": "x",
@@ -49,6 +48,28 @@ def test_every_supported_field_arrives() -> None:
     assert (parsed.sampling.top_p, parsed.sampling.seed, parsed.sampling.stop) == (0.5, -3, ("END",))
     assert (parsed.sampling.max_tokens, parsed.stream, parsed.include_usage) == (7, True, True)
     assert (parsed.user, parsed.metadata) == ("someone", {"page": "faq"})
+
+
+def test_penalties_biases_and_log_probabilities_arrive_and_their_bounds_are_openais() -> None:
+    sampling = chat(
+        frequency_penalty=-1, presence_penalty=0.5, logit_bias={"5": 1, "70": -100}, logprobs=True, top_logprobs=2
+    ).sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (-1.0, 0.5)
+    assert (sampling.logit_bias, sampling.top_logprobs) == (((5, 1.0), (70, -100.0)), 2)
+    assert chat(logprobs=True).sampling.top_logprobs == 0
+    for asked in ({}, {"logprobs": False}, {"logprobs": None, "top_logprobs": None}, {"top_logprobs": 0}):
+        assert chat(**asked).sampling.top_logprobs is None
+    for fields, param in (
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {"05": 1}}, "logit_bias.05"),
+        ({"logit_bias": {str(token): 1 for token in range(1_025)}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+    ):
+        assert (refused(**fields).param or "").startswith(param), fields
 
 
 def test_content_may_come_as_text_parts_and_developer_means_system() -> None:

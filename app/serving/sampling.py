@@ -1,0 +1,123 @@
+"""From logits to the next token of each reply, in OpenAI's terms, and what the model thought of it.
+
+Axes: B running replies, V vocabulary.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from app.serving.schema import Sampling, TokenLogprob
+
+
+class Draw:
+    """How one reply's tokens are drawn, and those that were."""
+
+    def __init__(self, sampling: Sampling, generator: random.Random | None = None) -> None:
+        self.sampling = sampling
+        self.random = generator or random.Random(sampling.seed)
+        self._counts: Counter[int] = Counter()
+        self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
+
+    def add(self, token: int) -> None:
+        """Count a token of the reply."""
+        if self._penalised:
+            self._counts[token] += 1
+
+    def changes(self) -> list[tuple[int, float]]:
+        """Tokens and what is added to their logits now; one that is penalised and biased is there twice.
+
+        Source: OpenAI, API reference, "Frequency and presence penalties"; prompts do not count.
+        """
+        frequency, presence = self.sampling.frequency_penalty, self.sampling.presence_penalty
+        penalties = [(token, -count * frequency - presence) for token, count in self._counts.items()]
+        return [*penalties, *self.sampling.logit_bias]
+
+
+def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
+    """The next token of each reply, and the probability the model gave it, whatever penalties and biases say.
+
+    Temperature 0 takes the most probable token. Otherwise one number is drawn from the reply's own generator,
+    whatever else is in the batch, and looked up in the cumulated probabilities of the most probable tokens
+    that together reach `top_p`.
+    """
+    probabilities_BV = torch.softmax(logits_BV, dim=-1)
+    logits_BV = _changed(logits_BV, draws)
+    tokens_B = logits_BV.argmax(dim=-1)
+    rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
+    if rows:
+        temperatures = torch.tensor([[draws[row].sampling.temperature] for row in rows])
+        top_ps = torch.tensor([[draws[row].sampling.top_p] for row in rows])
+        drawn = torch.tensor([[draws[row].random.random()] for row in rows])
+        # Dividing by a tiny temperature must not overflow: the largest logit becomes 0 first.
+        scaled = logits_BV[rows] - logits_BV[rows].max(dim=-1, keepdim=True).values
+        sorted_probabilities, order = torch.softmax(scaled / temperatures, dim=-1).sort(
+            dim=-1, descending=True, stable=True
+        )
+        cumulated = sorted_probabilities.cumsum(dim=-1)
+        kept = (cumulated - sorted_probabilities < top_ps).sum(dim=-1, keepdim=True)
+        mass = cumulated.gather(1, kept - 1)
+        place = torch.searchsorted(cumulated, drawn * mass, right=True).clamp_max(kept - 1)
+        tokens_B[rows] = order.gather(1, place).squeeze(1)
+    chosen_B = probabilities_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+    return tokens_B.tolist(), chosen_B.tolist()
+
+
+def _changed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    changes = {row: change for row, draw in enumerate(draws) if (change := draw.changes())}
+    if changes:
+        logits_BV = logits_BV.clone()
+    for row, change in changes.items():
+        tokens, amounts = zip(*change, strict=True)
+        logits_BV[row].index_add_(0, torch.tensor(tokens), torch.tensor(amounts))
+    return logits_BV
+
+
+class TokenTexts:
+    """Tokens as bytes of text, of which a character may take several."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
+
+    def text_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text; none for a special one."""
+        piece = self._backend.id_to_token(token)
+        if token in self._special or piece is None:  # None: the model has more rows than the tokenizer has tokens
+            return b""
+        if self._is_byte_level and all(character in _BYTES for character in piece):
+            return bytes(_BYTES[character] for character in piece)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        text: str = piece.replace("\u2581", " ")  # a space in SentencePiece's vocabularies
+        return text.encode()
+
+    def likely(self, logits_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
+        """A chosen token's log-probability, and so many of the most probable ones."""
+        logprobs_V = torch.log_softmax(logits_V, dim=-1)
+        top = torch.topk(logprobs_V, count) if count else None
+        others = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else ()
+        return self._one(token, float(logprobs_V[token]), [self._one(other, logprob) for other, logprob in others])
+
+    def _one(self, token: int, logprob: float, top: Iterable[TokenLogprob] = ()) -> TokenLogprob:
+        return TokenLogprob(self.text_bytes(token), logprob, tuple(top))
+
+
+def _byte_characters() -> dict[str, int]:
+    """By the character that stands for it in byte-level vocabularies, each byte.
+
+    Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.2: printable ones stand
+    for themselves, the others for characters from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
