@@ -127,7 +127,12 @@ def test_run_of_two_workers_in_stage_1_goes_on_with_one_worker_in_stage_3(
     from app.training.trainer import run_name
 
     longer = config.with_overrides(
-        {"training.max_steps": 120, "training.zero_stage": 1, "training.keep_checkpoints": 9}
+        {
+            "training.max_steps": 120,
+            "training.zero_stage": 1,
+            "training.keep_checkpoints": 9,
+            "training.seed": fault.seed,  # or the next one would find this one's run
+        }
     )
     fewer = longer.with_overrides({"training.num_workers": 1, "training.zero_stage": 3})
     name = run_name(longer, table)
