@@ -99,7 +99,7 @@ def claimed(what: str, job: str, kind: type[Holder] = Holder) -> Iterator[Any]:
             break
         except ActorAlreadyExistsError as error:
             if refusals == FEW:  # Ray lets go of a name only some time after its actor's end
-                logger.warning("%s: another job works on it; waiting for its end", what)
+                logger.warning("%s: job %s works on it; waiting for its end", what, _holder_of(what))
             if time.monotonic() > until_s:
                 raise ClusterError(
                     f"job {_holder_of(what)} works on {what}", "wait for its end or stop it, then submit this one again"

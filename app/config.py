@@ -220,7 +220,8 @@ class TrainingConfig(Section):
             raise ValueError(f"num_workers is [fewest, most], got {list(self.num_workers)}")  # type: ignore[arg-type]
         if self.blocks_per_step * self.workers_per_batch < self.max_workers:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} has no block for each of num_workers={self.num_workers}"
+                f"global_batch_size={self.global_batch_size} has no block for each of num_workers={self.num_workers}: "
+                f"raise it to {self.max_workers // self.workers_per_batch} at least, or use fewer workers"
             )
         return self
 

@@ -34,9 +34,13 @@ secret() { # secret FILE PREFIX: make it once, readable by its owner only
     [ -s "$1" ] || (umask 077 && printf '%s%s' "$2" "$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" >"$1")
 }
 
-ours() { # process ids of everything the head started: they all carry our mark in their environment
-    { grep -lzx "RAYLOOP_CLUSTER=$temp" /proc/[0-9]*/environ 2>/dev/null || true; } |
-        sed 's|/proc/||; s|/environ||' | { grep -vx "$$" || true; }
+ours() { # process ids of everything the head started: they carry our mark in their environment, or, where Ray has
+    # written their title over it, have a file of ours open
+    {
+        grep -lzx "RAYLOOP_CLUSTER=$temp" /proc/[0-9]*/environ 2>/dev/null || true
+        grep -lz '^ray::' $(find /proc/[0-9]*/fd -lname "$temp/*" -printf '%h/../cmdline\n' 2>/dev/null | sort -u) \
+            /dev/null 2>/dev/null || true
+    } | sed 's|/proc/||; s|/.*||' | sort -u | { grep -vx "$$" || true; }
 }
 
 running() { [ -s "$state/cluster.env" ] && [ -n "$(ours)" ]; }

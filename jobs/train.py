@@ -22,7 +22,8 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
         base = ModelVersion(**inputs["base_model"])
         config = config.with_overrides({"training.base_model": f"models:/{base.model}/{base.version}"})
     trained = train(config, TableVersion(**inputs["table"]))
-    return Outcome({"model": as_json(trained.version)}, trained.figures)
+    status = "done" if trained.is_new else "up_to_date"
+    return Outcome({"model": as_json(trained.version)}, trained.figures, status)
 
 
 def inputs(config: Config) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
         base = ModelVersion(**inputs["base_model"])
         config = config.with_overrides({"training.base_model": f"models:/{base.model}/{base.version}"})
     tuned = tune(config, TableVersion(**inputs["table"]))
+    found = " ".join(f"--set {key}={value}" for key, value in tuned.overrides.items())
+    print(f"tune: to train with what was found: python -m jobs.train --config F {found}", flush=True)
     return Outcome({"overrides": tuned.overrides}, tuned.figures)
 
 

@@ -155,6 +155,11 @@ class TuningConfig(Section):
         if len(self.objectives) > 1:
             return f"scheduler {self.scheduler} compares trials by one objective, got {len(self.objectives)}: use none"
         if self.scheduler == "asha":
+            if self.grace_steps >= self.max_steps:
+                return (
+                    f"asha may stop a trial after grace_steps={self.grace_steps}, but trials have "
+                    f"max_steps={self.max_steps}: lower grace_steps, or use scheduler none"
+                )
             return None
         if self.searcher != "random":
             return f"{self.scheduler} proposes settings itself, got searcher {self.searcher}: use random"

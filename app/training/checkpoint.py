@@ -187,6 +187,16 @@ def whole(storage: Storage, run: str) -> Iterator[str]:
             logger.warning("checkpoint %s is passed over: %s", uri, damage)
 
 
+def begun(storage: Storage, run: str) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that every worker has written, which may be damaged; None if there is none."""
+    for name in _newest_first(storage, run):
+        if is_finished(storage, run, name):
+            with contextlib.suppress(StorageError, ValueError):
+                content: dict[str, Any] = json.loads(storage.read(run, name, "state.json"))
+                return content
+    return None
+
+
 def newest_whole(storage: Storage, run: str) -> str | None:
     """The URI of the newest of them, None if there is none."""
     return next(whole(storage, run), None)

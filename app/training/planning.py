@@ -9,9 +9,10 @@ import ray
 from app import tables
 from app.config import Config, TrainingConfig
 from app.storage import Storage
-from app.training import data, memory, probe
+from app.training import checkpoint, data, memory, probe
 from app.training.base_model import pinned
 from app.training.launch import check_base_model, check_cluster
+from app.training.loop import on_so_many_workers
 from app.training.trainer import run_name
 from app.training.worker import start_model
 from app.versions import TableVersion
@@ -42,8 +43,13 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
     lengths = [len(part.ids) for part in data.encode_all(sample, tokenizer, training.loss_on)]
     rows = round(tables.rows(config, table) * (1 - config.ingestion.validation_fraction))
     table_tokens = round(float(np.mean(lengths)) * rows)
-    step_tokens = training.blocks_per_step * training.block_tokens
     name = run_name(config, table)
+    begun = checkpoint.begun(storage, f"checkpoints/{name}")
+    if begun is not None:  # whose steps keep their blocks, on however many workers
+        groups = training.max_workers // training.workers_per_batch
+        training = on_so_many_workers(training, begun["blocks_per_step"], groups)
+    from_step = begun["position"]["step"] if begun else 0
+    step_tokens = training.blocks_per_step * training.block_tokens
     # How many tokens preference pairs have is known once they are packed.
     of_table = training.objective == "sft"
     return {
@@ -55,18 +61,19 @@ def plan(config: Config, table: TableVersion) -> dict[str, Any]:
         "steps": training.max_steps,
         "tokens": training.max_steps * step_tokens,
         "epochs": round(training.max_steps * step_tokens / max(1, table_tokens), 2) if of_table else "not known",
-        **_needs(training, tokenizer),
+        **_needs(training, tokenizer, training.max_steps - from_step),
         "write": {
             "blocks": storage.uri("packed", data.data_digest(config, table)),
             "checkpoints": storage.uri("checkpoints", name),
             "model": storage.uri("models", config.registry.model, "<run id>"),
         },
-        "continues": storage.exists("checkpoints", name),
+        "continues": begun is not None,
+        "from_step": from_step,
     }
 
 
-def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
-    """Memory of a worker, whether it is there, and the time that the steps and validations take."""
+def _needs(training: TrainingConfig, tokenizer: Any, steps: int) -> dict[str, Any]:
+    """Memory of a worker, whether it is there, and the time that so many steps and their validations take."""
     needed = memory.predict(start_model(training, tokenizer), training)
     found: dict[str, Any] = {"memory_bytes": needed.to_json()}
     if training.probe_steps == 0:
@@ -86,16 +93,16 @@ def _needs(training: TrainingConfig, tokenizer: Any) -> dict[str, Any]:
     except TimeoutError as error:
         return found | {"fits": f"not looked: {error}"}
     found["memory_bytes"]["probe"] = speed.memory_bytes
-    return found | {"time": _time(training, speed)}
+    return found | {"time": _time(training, speed, steps)}
 
 
-def _time(training: TrainingConfig, speed: probe.Speed) -> dict[str, float]:
+def _time(training: TrainingConfig, speed: probe.Speed, steps: int) -> dict[str, float]:
     """Seconds of a run that nothing interrupts, and what they are made of."""
     rounds = math.ceil(
         training.validation_blocks * training.workers_per_batch / training.micro_batch_size / training.max_workers
     )
-    steps_s = training.max_steps * speed.step_s
-    validations_s = math.ceil(training.max_steps / training.report_every_steps) * rounds * speed.validation_s
+    steps_s = steps * speed.step_s
+    validations_s = math.ceil(steps / training.report_every_steps) * rounds * speed.validation_s
     return {
         "start_s": round(speed.start_s, 1),
         "step_s": round(speed.step_s, 4),

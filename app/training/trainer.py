@@ -30,11 +30,14 @@ from app.training import adapters, checkpoint, data, preference_blocks, report
 from app.training.base_model import pinned, source
 from app.training.launch import check_base_model, check_cluster, run_training
 from app.training.worker import Board, Event
-from app.versions import ModelVersion, TableVersion, code_version, digest
+from app.versions import ModelVersion, TableVersion, as_json, code_version, digest
 
 __all__ = ["Trained", "run_name", "run_training", "train"]
 
 logger = logging.getLogger(__name__)
+
+PUBLISHED = "published.json"
+"""Beside a run's checkpoints: the version that was registered."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,13 @@ class Trained:
 
     version: ModelVersion
     figures: dict[str, Any]
+    is_new: bool = True
+    """Whether it was registered now, and not by an earlier job."""
 
 
 def train(config: Config, table: TableVersion) -> Trained:
-    """Train on a table version and register the model, going on from an earlier attempt's checkpoints.
+    """Train on a table version and register the model, going on from an earlier attempt's checkpoints. A run that has
+    been registered is not registered again, whatever number of workers or ZeRO stage it is submitted with.
 
     Raises:
         ModelError: The base model cannot be loaded.
@@ -59,11 +65,14 @@ def train(config: Config, table: TableVersion) -> Trained:
     check_cluster(config.training)
     storage = Storage(config.storage.uri)
     name = run_name(config, table)
+    with cluster.claimed(storage.uri("checkpoints", name), job_id(), Board) as board:
+        return _published(config, storage, name) or _train(config, table, name, base, board)
+
+
+def _train(config: Config, table: TableVersion, name: str, base: ModelVersion | None, board: Any) -> Trained:
+    storage = Storage(config.storage.uri)
     place = storage.uri("checkpoints")
-    with (
-        cluster.claimed(storage.uri("checkpoints", name), job_id(), Board) as board,
-        _recorded(config, table, name) as record,
-    ):
+    with _recorded(config, table, name) as record:
         if _finished(storage, name, config) is None:
             run_training(config, table, storage_path=place, run_name=name, report=record.hear, board=board)
         uri = _finished(storage, name, config)
@@ -73,7 +82,20 @@ def train(config: Config, table: TableVersion) -> Trained:
                 "submit the job again: it goes on from the checkpoint before",
             )
         version, figures = _publish(config, table, uri, record, base)
-        return Trained(version, figures)
+    known = {"publish": config.training.publish, "model": as_json(version), "figures": figures}
+    storage.write(json.dumps(known, default=float).encode(), "checkpoints", name, PUBLISHED)
+    return Trained(version, figures)
+
+
+def _published(config: Config, storage: Storage, name: str) -> Trained | None:
+    """What an earlier job has made of the same run, if that can still be used."""
+    if not storage.exists("checkpoints", name, PUBLISHED):
+        return None
+    known = json.loads(storage.read("checkpoints", name, PUBLISHED))
+    version = ModelVersion(**known["model"])
+    if known["publish"] != config.training.publish or not Registry(config).exists(version):
+        return None
+    return Trained(version, known["figures"], is_new=False)
 
 
 def run_name(config: Config, table: TableVersion) -> str:

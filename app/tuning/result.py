@@ -102,7 +102,7 @@ def page(config: Config, name: str, figures: dict[str, Any], trials: Sequence[Tr
         Section("The best trial", [_cards(tuning, figures), _settings(config, figures)]),
         *([Section("Trade-offs", _front(tuning, figures), FRONT_NOTE)] if several else []),
         Section("How it went", _history(tuning, ended)),
-        Section("What mattered", mattered, "" if mattered else f"Told from {FEWEST_TRIALS} trials on that differ."),
+        Section("What mattered", mattered, "" if mattered else f"Importance needs {FEWEST_TRIALS} different trials."),
         Section("Slices", _slices(tuning, ended), "Each trial by each of its settings."),
         Section("All trials", [_trials(tuning, figures)], "Best first."),
     ]

@@ -12,6 +12,7 @@ from app.settings.tuning import DimensionConfig
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+LORA = "training.lora."
 TUNABLE = "training."
 DECIDED = {
     "training.max_steps": "tuning.max_steps", "training.report_every_steps": "tuning.grace_steps",
@@ -119,7 +120,12 @@ def check(config: Config) -> None:
             try:
                 config.with_overrides({key: value})
             except ConfigError as error:
-                raise ConfigError(f"tuning.space.{key}: {value!r} is out of its range\n{error}") from None
+                raise ConfigError(f"tuning.space.{key} cannot be {value!r}\n{error}") from None
+        if key.startswith(LORA) and config.training.method != "lora" and "training.method" not in config.tuning.space:
+            raise ConfigError(
+                f"tuning.space.{key} is read only with training.method=lora, which is {config.training.method}",
+                "set the method, or leave it out",
+            )
 
 
 def trial_config(config: Config, overrides: Values) -> Config:

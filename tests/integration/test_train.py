@@ -363,6 +363,7 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
     # Another model name for each way, so that the runs do not share checkpoints.
     model = f"support-{how.name.lower()}-{fault.seed}"
     slower = config.with_overrides({"registry.model": model, "training.max_steps": 150})
+    from app.training.planning import plan
     from app.training.trainer import run_name
 
     file = tmp_path / "config.yaml"
@@ -386,6 +387,10 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
     )
     assert 0 < reached < 150, "it was stopped in the middle"
     fault.happened()
+    fewer = {"training.num_workers": 1, "training.zero_stage": 3}
+    planned = plan(slower.with_overrides({**fewer, "training.probe_steps": 0}), table)
+    assert (planned["continues"], planned["from_step"]) == (True, reached)
+    assert planned["tokens"] == 150 * slower.training.blocks_per_step * slower.training.block_tokens
     begun = Registry(slower).unfinished_run(folder.name)
     output = submit(file).communicate(timeout=240)[0]
     line = json.loads(output.splitlines()[-1])
@@ -409,6 +414,9 @@ def test_job_that_was_killed_goes_on_from_its_checkpoint_and_registers_the_model
     again = json.loads(submit(file).communicate(timeout=120)[0].splitlines()[-1])
     assert again["status"] == "up_to_date"
     assert again["outputs"] == line["outputs"]
+    others = [f"{key}={value}" for key, value in fewer.items()]
+    again = json.loads(submit(file, *others).communicate(timeout=120)[0].splitlines()[-1])
+    assert (again["status"], again["outputs"]) == ("up_to_date", line["outputs"]), "it is the same run"
 
 
 def test_too_few_cpus_are_said_instead_of_waited_for(config: Config, table: TableVersion) -> None:

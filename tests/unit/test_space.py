@@ -71,8 +71,14 @@ def test_blocks_are_made_for_each_combination_of_what_they_depend_on() -> None:
     ("key", "dimension", "sentence"),
     [
         ("training.learning_rat", {"kind": "float", "low": 0.1, "high": 1.0}, "did you mean 'learning_rate'"),
-        ("training.learning_rate", {"kind": "float", "low": -1.0, "high": 1.0}, "-1.0 is out of its range"),
-        ("training.precision", {"kind": "choice", "choices": ["fp32", "fp8"]}, "'fp8' is out of its range"),
+        ("training.learning_rate", {"kind": "float", "low": -1.0, "high": 1.0}, "learning_rate cannot be -1.0"),
+        ("training.lr", {"kind": "float", "low": 0.1, "high": 1.0}, "training.lr is not a setting"),
+        (
+            "training.lora.rank",
+            {"kind": "int", "low": 2, "high": 8},
+            "read only with training.method=lora, which is full",
+        ),
+        ("training.precision", {"kind": "choice", "choices": ["fp32", "fp8"]}, "precision cannot be 'fp8'"),
         ("training.max_steps", {"kind": "choice", "choices": [100, 1000]}, "decided by tuning.max_steps"),
         ("training.num_workers", {"kind": "int", "low": 1, "high": 2}, "decided by tuning.num_workers"),
         ("training.block_tokens", {"kind": "int", "low": 64, "high": 256}, "list the values"),
