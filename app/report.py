@@ -16,6 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 State = Literal["plain", "good", "bad"]
+FEW_POINTS = 30
+"""Of a curve whose points are marked."""
+DECADE = 10.0
 LABEL_CHARS = 30
 INK, ACCENT = "#1d2733", "#2f6fb3"
 
@@ -46,6 +49,11 @@ class Table:
     rows: Sequence[Sequence[Any]]
     shares: Sequence[str] = ()
     kind: str = field(default="table", init=False)
+
+    def is_numeric(self, place: int) -> bool:
+        """Whether a column holds numbers and nothing else."""
+        values = [row[place] for row in self.rows if row[place] is not None]
+        return bool(values) and all(map(_is_number, values))
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,8 @@ def lines(
     """Named curves, each its x values and its y values."""
     figure, axes = _figure(6.4, 2.6)
     for name, (across, up) in series.items():
-        axes.plot(across, up, label=_plain(name), linewidth=1.6)
+        marker = "o" if len(across) <= FEW_POINTS else None  # a point alone is no line
+        axes.plot(across, up, label=_plain(name), linewidth=1.6, marker=marker, markersize=3)
     axes.set_xlabel(_plain(x))
     axes.set_ylabel(_plain(y))
     if legend and len(series) > 1:
@@ -177,6 +186,8 @@ def scatter(
     log_x: bool = False, line: tuple[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Plot:  # fmt: skip
     """Named clouds of points, each its x values (numbers or words) and its y values; perhaps with one named line."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     figure, axes = _figure(6.4, 2.6)
     for name, (across, up) in series.items():
         places = [_plain(place) if isinstance(place, str) else place for place in across]
@@ -186,6 +197,11 @@ def scatter(
         axes.step(across, up, where="post", color=INK, linewidth=1.2, label=_plain(name))
     if log_x:
         axes.set_xscale("log")
+        values = [place for across, _ in series.values() for place in across]
+        if max(values) < DECADE * min(values):  # which has too few powers of ten to be read by
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:.4g}")
     axes.set_xlabel(_plain(x))
     axes.set_ylabel(_plain(y))
     if len(series) > 1 or line is not None:
@@ -227,13 +243,17 @@ def _svg(figure: Any, caption: str) -> str:
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", drawing)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @functools.cache
 def _template() -> Any:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
-    environment.filters["number"] = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    environment.filters["number"] = _is_number
     return environment.from_string(PAGE)
 
 
@@ -314,13 +334,14 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 </div>
 {% elif block.kind == "table" %}
 <div class="scroll"><table>
-<thead><tr>{% for column in block.columns %}<th{% if block.rows and block.rows[0][loop.index0]|number \
+<thead><tr>{% for column in block.columns %}<th{% if block.is_numeric(loop.index0) \
 and column not in block.shares %} class="number"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in block.rows %}
 <tr>{% for value in row %}{% if block.columns[loop.index0] in block.shares and value|number %}\
 <td class="share"><span class="bar"><i style="width:{{ (100 * value)|round(1) }}%"></i></span>{{ value|shown }}</td>\
-{% else %}<td{% if value|number %} class="number"{% endif %}>{{ value|shown }}</td>{% endif %}{% endfor %}</tr>
+{% else %}<td{% if block.is_numeric(loop.index0) %} class="number"{% endif %}>{{ value|shown }}</td>{% endif %}\
+{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>

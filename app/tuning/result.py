@@ -4,6 +4,7 @@ reports/tune/<search>/report.html and report.json
 """
 
 import json
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 
 from app.config import Config
 from app.report import Bars, Block, Card, Cards, Section, Table, Verdict, lines, render, scatter
-from app.settings.tuning import TuningConfig
+from app.settings.tuning import DimensionConfig, TuningConfig
 from app.storage import Storage
 from app.tuning import space
 from app.tuning.trials import Trial, ranked
 
+EDGE = 0.01
+"""Share of a range that counts as its end."""
 FEWEST_TRIALS = 5
 """That the importance of parameters is told from."""
 
@@ -128,8 +131,20 @@ def _cards(tuning: TuningConfig, figures: dict[str, Any]) -> Cards:
 
 
 def _settings(config: Config, figures: dict[str, Any]) -> Table:
-    rows = [(key, value, operator.attrgetter(key)(config)) for key, value in figures["overrides"].items()]
-    return Table(("setting", "best", "as configured"), rows)
+    rows = [
+        (key, value, operator.attrgetter(key)(config), _place(config.tuning.space[key], value))
+        for key, value in figures["overrides"].items()
+    ]
+    return Table(("setting", "best", "as configured", ""), rows)
+
+
+def _place(dimension: DimensionConfig, value: Any) -> str:
+    """Whether a value lies where the range may have cut off better ones."""
+    if dimension.kind == "choice":
+        return ""
+    low, high = map(math.log, dimension.ends) if dimension.kind == "log_float" else dimension.ends
+    share = ((math.log(value) if dimension.kind == "log_float" else value) - low) / (high - low)
+    return "" if EDGE < share < 1 - EDGE else "at an end of its range"
 
 
 def _front(tuning: TuningConfig, figures: dict[str, Any]) -> list[Block]:

@@ -68,6 +68,14 @@ def test_settings_of_a_section_within_the_section_are_shown_beside_what_is_confi
     assert str(config.training.lora.rank) in page.partition("as configured")[2].partition("</table>")[0]
 
 
+def test_a_best_value_at_an_end_of_its_range_is_pointed_out() -> None:
+    for rate, is_at_an_end in ((1e-2, True), (1.02e-4, True), (9e-4, False)):
+        trials = [trial(0, 1.0, learning_rate=rate), trial(1, 2.0, learning_rate=8e-4)]
+        config = searching()
+        page = result.page(config, "s", result.judge(config, trials), trials)
+        assert ("at an end of its range" in page) is is_at_an_end, rate
+
+
 def test_what_decides_the_loss_is_the_most_important() -> None:
     draw = np.random.default_rng(0)
     rates = 10 ** draw.uniform(-4, -2, 40)
