@@ -84,7 +84,7 @@ def run(
         rate = learning_rate(position.step, training)
         # Models with dropout draw the same masks when a step is done again after a restart.
         torch.manual_seed(_seed(training.seed, position.step, dist.get_rank()))
-        _set_rates(engine, rate, training)
+        rates = _set_rates(engine, rate, training)
         began = stream.next_step(losses.left_out)
         done = computed.step(stream, training.gradient_accumulation_steps, losses.is_good)
         if not losses.is_good(done.loss):
@@ -104,7 +104,7 @@ def run(
             speed = meter.rate()
             values = {
                 "loss": done.loss,
-                "learning_rate": rate,
+                **rates,
                 **_gradient_norm(engine, training),
                 "step_s": meter.lap_s(),
             }
@@ -248,11 +248,15 @@ def _are_finite(model: Any) -> bool:
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()) if gradients else True
 
 
-def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> None:
-    """Give AdamW's parameters their learning rate, and Muon's the one at the same place of its own schedule."""
-    muon_rate = rate * training.muon_learning_rate / training.learning_rate
+def _set_rates(engine: Any, rate: float, training: TrainingConfig) -> dict[str, float]:
+    """Give AdamW's parameters their learning rate, and Muon's the one at the same place of its own schedule; returns
+    both by name."""
+    rates = {"learning_rate": rate}
+    if training.optimizer == "muon":
+        rates["muon_learning_rate"] = rate * training.muon_learning_rate / training.learning_rate
     for group in engine.optimizer.param_groups:
-        group["lr"] = muon_rate if group.get("use_muon") else rate
+        group["lr"] = rates["muon_learning_rate"] if group.get("use_muon") else rate
+    return rates
 
 
 def _gradient_norm(engine: Any, training: TrainingConfig) -> dict[str, float]:

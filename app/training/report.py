@@ -18,11 +18,11 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 """A run's metrics by name: (step, value), in the order of the steps."""
 CURVES = (
     ("Loss", "nats a token", ("loss", "validation_loss"), "Mean negative log-likelihood of a learned token."),
-    ("Learning rate", "rate", ("learning_rate",), "The schedule, as the steps took it."),
+    ("Learning rate", "rate", ("learning_rate", "muon_learning_rate"), "The schedule, as the steps took it."),
     ("Gradient norm", "norm", ("gradient_norm",), "Of each step before clipping: a rise announces a diverging run."),
     ("Throughput", "tokens a second", ("tokens_per_s",), "Of all workers, without padding."),
 )
-STEP_FIGURES = ("perplexity", "mfu", "memory_bytes", "data_stall_fraction")
+STEP_FIGURES = ("perplexity", "mfu", "memory_bytes", "data_stall_fraction", "workers")
 CARD = "README.md"
 """The model's card, in its folder."""
 GIGABYTE = 1e9
@@ -47,6 +47,7 @@ def _page(config: Config, table: TableVersion, run_id: str, history: History, fi
         Section("Figures", [Cards(_cards(history, figures))]),
         *_curves(history),
         Section("Checkpoints", [_checkpoints(history)], "Held-out loss at each report; the lowest is the one to keep."),
+        *_starts(history),
         Section("Settings", [Table(("setting", "value"), _settings(training))]),
     ]
     verdict = Verdict(
@@ -91,6 +92,12 @@ def _curves(history: History) -> list[Section]:
             plot: Block = lines(series, caption, "step", axis)
             sections.append(Section(title, [plot]))
     return sections
+
+
+def _starts(history: History) -> list[Section]:
+    """Each time that workers began: again where some died, the cluster changed or the job was submitted again."""
+    starts = history.get("workers", ())
+    return [Section("Starts", [Table(("from step", "workers"), [*starts])])] if starts else []
 
 
 def _checkpoints(history: History) -> Table:

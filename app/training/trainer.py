@@ -138,6 +138,7 @@ class _Record:
             logger.warning("bad loss at step %d", event["step"], extra={"fields": values})
         elif event["kind"] == "start" and event["rank"] == 0:
             self.starts += 1
+            self.registry.log_metrics(self.run_id, {"workers": event["workers"]}, event["from_step"])
             if event["from_step"]:
                 print(f"train: goes on from the checkpoint of step {event['from_step']}", flush=True)
         else:

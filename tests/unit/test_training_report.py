@@ -25,6 +25,7 @@ HISTORY = {
     "learning_rate": [(step, 1e-3) for step in range(1, 301)],
     "mfu": [(1, 0.1), (2, 0.4), (3, 0.5)],
     "memory_bytes": [(1, 1e9), (2, 2.5e9)],
+    "workers": [(0, 2), (150, 1)],
 }
 
 
@@ -45,6 +46,7 @@ def test_a_page_shows_curves_and_the_lowest_checkpoint(tmp_path: Path) -> None:
     assert "<b>support</b>" not in page
     assert page.count("<svg") == 2  # loss and learning rate: of the others nothing was logged
     assert re.search(r"200</td>.*0\.250.*lowest", page)
+    assert re.search(r"Starts.*0</td>.*2</td>.*150</td>.*1</td>", page, re.DOTALL)
     assert "2.50" in page
     assert "0.400" in page
     assert json.loads((folder / "report.json").read_text())["history"]["validation_loss"][1] == [200, 0.25]
