@@ -210,8 +210,11 @@ def test_a_trial_of_several_workers_reports_through_ray_train(config: Config, ta
     from app.tuning.search import tune
 
     wide = config.with_overrides(
-        {"tuning.num_workers": 2, "tuning.trials": 1, "tuning.concurrent_trials": 1, "tuning.max_steps": 5}
-    )
+        {
+            "tuning.num_workers": 2, "tuning.trials": 1, "tuning.concurrent_trials": 1, "tuning.max_steps": 5,
+            "tuning.scheduler": "none",
+        }
+    )  # fmt: skip
     tuned = tune(wide, table)
     assert tuned.figures["best"]["steps"] == 5
     assert tuned.figures["failed"] == 0
