@@ -97,7 +97,8 @@ def _curves(history: History) -> list[Section]:
 def _starts(history: History) -> list[Section]:
     """Each time that workers began: again where some died, the cluster changed or the job was submitted again."""
     starts = history.get("workers", ())
-    return [Section("Starts", [Table(("from step", "workers"), [*starts])])] if starts else []
+    rows = [(step, int(workers)) for step, workers in starts]
+    return [Section("Starts", [Table(("from step", "workers"), rows)])] if rows else []
 
 
 def _checkpoints(history: History) -> Table:
