@@ -50,10 +50,11 @@ class Table:
     shares: Sequence[str] = ()
     kind: str = field(default="table", init=False)
 
-    def is_numeric(self, place: int) -> bool:
-        """Whether a column holds numbers and nothing else."""
-        values = [row[place] for row in self.rows if row[place] is not None]
-        return bool(values) and all(map(_is_number, values))
+    @functools.cached_property
+    def numeric(self) -> list[bool]:
+        """Of each column whether it holds numbers and nothing else."""
+        columns = [[row[place] for row in self.rows if row[place] is not None] for place in range(len(self.columns))]
+        return [bool(values) and all(map(_is_number, values)) for values in columns]
 
 
 @dataclass(frozen=True)
@@ -334,13 +335,13 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 </div>
 {% elif block.kind == "table" %}
 <div class="scroll"><table>
-<thead><tr>{% for column in block.columns %}<th{% if block.is_numeric(loop.index0) \
+<thead><tr>{% for column in block.columns %}<th{% if block.numeric[loop.index0] \
 and column not in block.shares %} class="number"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in block.rows %}
 <tr>{% for value in row %}{% if block.columns[loop.index0] in block.shares and value|number %}\
 <td class="share"><span class="bar"><i style="width:{{ (100 * value)|round(1) }}%"></i></span>{{ value|shown }}</td>\
-{% else %}<td{% if block.is_numeric(loop.index0) %} class="number"{% endif %}>{{ value|shown }}</td>{% endif %}\
+{% else %}<td{% if block.numeric[loop.index0] %} class="number"{% endif %}>{{ value|shown }}</td>{% endif %}\
 {% endfor %}</tr>
 {% endfor %}
 </tbody>

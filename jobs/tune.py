@@ -3,6 +3,8 @@
 python -m jobs.tune --config jobs/configs/demo.yaml [--set tuning.trials=8] [--dry-run]
 """
 
+import json
+import shlex
 import sys
 from typing import Any
 
@@ -20,7 +22,8 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
         base = ModelVersion(**inputs["base_model"])
         config = config.with_overrides({"training.base_model": f"models:/{base.model}/{base.version}"})
     tuned = tune(config, TableVersion(**inputs["table"]))
-    found = " ".join(f"--set {key}={value}" for key, value in tuned.overrides.items())
+    shown = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in tuned.overrides.items()]
+    found = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in shown)
     print(f"tune: to train with what was found: python -m jobs.train --config F {found}", flush=True)
     return Outcome({"overrides": tuned.overrides}, tuned.figures)
 

@@ -238,7 +238,8 @@ class Engine:
             text += request.text.finish()
         if request.cancelled:
             return True
-        request.delivered_bytes += len(text.encode())
+        if request.sampling.top_logprobs is not None:
+            request.delivered_bytes += len(text.encode())
         if text or (complete and request.logprobs):
             # A stop string is not part of the reply, nor are its tokens.
             cut = request.delivered_bytes if request.text.stopped else request.text_bytes

@@ -177,7 +177,7 @@ def state(folder: Path) -> dict[str, Any]:
 def whole(storage: Storage, run: str) -> Iterator[str]:
     """The URIs of the whole checkpoints in the folder `run` below a root, the newest first: those of later steps, of
     the same step the one with the later name."""
-    for name in _newest_first(storage, run):
+    for name in _reached(storage, run):
         uri = storage.uri(run, name)
         with local_folder(uri) as folder:
             damage = damaged(folder)
@@ -189,7 +189,7 @@ def whole(storage: Storage, run: str) -> Iterator[str]:
 
 def begun(storage: Storage, run: str) -> dict[str, Any] | None:
     """The state of the newest checkpoint that every worker has written, which may be damaged; None if there is none."""
-    for name in _newest_first(storage, run):
+    for name in _reached(storage, run):
         if is_finished(storage, run, name):
             with contextlib.suppress(StorageError, ValueError):
                 content: dict[str, Any] = json.loads(storage.read(run, name, "state.json"))
@@ -212,9 +212,10 @@ def best_whole(storage: Storage, run: str) -> str | None:
     return min(whole(storage, run), key=loss, default=None)
 
 
-def _newest_first(storage: Storage, run: str) -> list[str]:
-    names = [name for name in storage.list(run) if FOLDER.match(name)]
-    return sorted(names, key=lambda name: (_read(storage, run, name)[0], name), reverse=True)
+def _reached(storage: Storage, run: str) -> dict[str, tuple[int, float]]:
+    """Step and validation loss of each checkpoint by its name, the newest first."""
+    found = {name: _read(storage, run, name) for name in storage.list(run) if FOLDER.match(name)}
+    return dict(sorted(found.items(), key=lambda entry: (entry[1][0], entry[0]), reverse=True))
 
 
 def _read(storage: Storage, *folder: str) -> tuple[int, float]:
@@ -229,10 +230,10 @@ def _read(storage: Storage, *folder: str) -> tuple[int, float]:
 
 def keep_best(storage: Storage, run: str, keep: int) -> None:
     """Remove checkpoints that are neither the newest nor among so many with the lowest validation loss."""
-    newest_first = _newest_first(storage, run)
-    by_loss = sorted(newest_first, key=lambda name: _read(storage, run, name)[1])
-    for name in by_loss[keep:]:
-        if name != newest_first[0]:
+    reached = _reached(storage, run)
+    newest = next(iter(reached), None)
+    for name in sorted(reached, key=lambda name: reached[name][1])[keep:]:
+        if name != newest:
             storage.remove(run, name)
 
 

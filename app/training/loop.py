@@ -119,8 +119,8 @@ def run(
             if checkpoints and math.isfinite(metrics["validation_loss"]):
                 few = {name: column[: checkpoint.SCORED_BLOCKS] for name, column in validation.items()}
                 score = Score(few, math.exp(computed.validation_loss(few, training.micro_batch_size)))
-                begun = {"blocks_per_step": blocks_per_step, "losses": losses.state()}
-                part = checkpoint.snapshot(engine, tokenizer, position, begun, metrics, score)
+                about = {"blocks_per_step": blocks_per_step, "losses": losses.state()}
+                part = checkpoint.snapshot(engine, tokenizer, position, about, metrics, score)
             elif ends and checkpoints:
                 raise StageFailed("the validation loss at the end is not finite", bad_losses.LOWER)
             hooks.report(metrics, part)
@@ -293,7 +293,7 @@ def _rolled_back(engine: Any, hooks: Hooks, losses: Losses, found: float, step: 
     with hooks.newest() as folder:
         if folder is None:
             raise StageFailed(
-                f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", bad_losses.REMEDY
+                f"the loss at step {step} is {found:.4g}: there is no checkpoint to go back to", bad_losses.LOWER
             )
         losses.go_back(checkpoint.state(folder).get("losses"))
         return checkpoint.restore(engine, folder)

@@ -108,8 +108,10 @@ def free_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
 
     found = int(psutil.virtual_memory().available)
     # Of version 2 and 1; the page cache counts as used there, and what was not read lately is given up first.
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        folder = cgroups if limit == "memory.max" else cgroups / "memory"
+    for folder, limit, used in (
+        (cgroups, "memory.max", "memory.current"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
         try:
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

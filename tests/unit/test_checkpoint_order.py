@@ -27,7 +27,7 @@ def test_later_steps_are_newer_whatever_the_clock_said(tmp_path: Path) -> None:
     storage = written(tmp_path, {FIRST: (10, 1.0), SECOND: (20, 2.0), THIRD: (20, 3.0)})
     storage.write(b"{", "run", "checkpoint_2026-10-25_02-00-00", "state.json")
     storage.write(b"{}", "run", "checkpoint_manager_snapshot.json")
-    names = checkpoint._newest_first(storage, "run")
+    names = [*checkpoint._reached(storage, "run")]
     assert names == [THIRD, SECOND, FIRST, "checkpoint_2026-10-25_02-00-00"], "of one that is spoilt nothing is known"
 
 
