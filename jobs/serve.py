@@ -6,9 +6,10 @@ python -m jobs.serve --config jobs/configs/demo.yaml
 import sys
 from typing import Any
 
-from app.config import Config, ServingConfig, VariantConfig
+from app.config import Config
 from app.errors import RayloopError, RegistryError
 from app.job import Job, Outcome
+from app.settings.serving import ServingConfig, VariantConfig
 from app.storage import Storage, resolve
 from app.versions import ModelVersion, as_json, digest
 

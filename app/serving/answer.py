@@ -14,7 +14,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.config import VariantConfig
 from app.errors import RequestError
 from app.serving import openai_format
 from app.serving.schema import (
@@ -30,6 +29,7 @@ from app.serving.schema import (
     Started,
     TokenLogprob,
 )
+from app.settings.serving import VariantConfig
 from app.telemetry import (
     COMPLETION_TOKENS,
     END_TO_END_LATENCY,

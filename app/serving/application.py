@@ -8,11 +8,11 @@ Deployed by jobs/serve.py from the configuration; `import_path: app.serving.appl
 
 from ray import serve
 
-from app.config import ReplicasConfig, ServingConfig
 from app.errors import ConfigError
 from app.serving.input import InputHandling
 from app.serving.language_model import LanguageModel
 from app.serving.response import ResponseManagement
+from app.settings.serving import ReplicasConfig, ServingConfig
 
 HEALTH_CHECK_PERIOD_S = 3.0
 

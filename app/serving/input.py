@@ -23,7 +23,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from app.config import ServingConfig
 from app.errors import RequestError
 from app.serving.access import Access
 from app.serving.answer import Answer, Answering
@@ -31,6 +30,7 @@ from app.serving.gate import Gate, error_response
 from app.serving.models import Models
 from app.serving.requests import parse_chat, parse_feedback
 from app.serving.schema import Refused
+from app.settings.serving import ServingConfig
 from app.storage import Storage
 from app.telemetry import set_up_logging
 from app.traffic import new_response_id, now

@@ -8,7 +8,6 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 
-from app.config import ServingConfig, VariantConfig
 from app.serving.schema import (
     Delta,
     Event,
@@ -19,6 +18,7 @@ from app.serving.schema import (
     Started,
     TokenLogprob,
 )
+from app.settings.serving import ServingConfig, VariantConfig
 from app.storage import local_folder
 from app.telemetry import SLOTS_IN_USE, gauge, set_up_logging
 from app.versions import APP

@@ -8,12 +8,12 @@ from hashlib import sha256
 from typing import Any
 
 from app import lineage
-from app.config import VariantConfig
 from app.conversation import Message, normalised
 from app.errors import ModelError, RequestError, StorageError
 from app.intent import IntentModel
 from app.serving.openai_format import model_card
 from app.serving.schema import Intent
+from app.settings.serving import VariantConfig
 from app.storage import local_folder
 
 logger = logging.getLogger(__name__)

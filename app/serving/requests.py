@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from app.config import ServingConfig
 from app.conversation import Message
 from app.errors import RequestError
 from app.serving.schema import ChatRequest, FeedbackRequest, Sampling
+from app.settings.serving import ServingConfig
 
 MAX_COMMENT_CHARS = 4_000
 MAX_LOGIT_BIASES = 1_024

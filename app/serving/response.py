@@ -5,9 +5,9 @@ import logging
 from typing import Any
 
 from app import traffic
-from app.config import HandoverConfig, ServingConfig
 from app.errors import ResponseNotFound, StorageError
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Refused
+from app.settings.serving import HandoverConfig, ServingConfig
 from app.storage import Storage
 from app.telemetry import FEEDBACK, HANDOVERS, counter, set_up_logging
 from app.traffic import Exchange, Feedback

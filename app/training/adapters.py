@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app import model as models
-from app.config import TrainingConfig
 from app.errors import ModelError, StageFailed
+from app.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from app.config import TrainingConfig
 from app.errors import ModelError
+from app.settings.training import TrainingConfig
 
 NAME = "rayloop_varlen"
 """As transformers knows it; it makes no mask for a name that it has no mask for."""

@@ -6,8 +6,8 @@ import statistics
 from collections import deque
 from typing import Any
 
-from app.config import TrainingConfig
 from app.errors import StageFailed
+from app.settings.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

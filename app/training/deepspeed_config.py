@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from app.config import TrainingConfig
+from app.settings.training import TrainingConfig
 
 ADAM_BETAS = (0.9, 0.95)
 MUON_MOMENTUM = 0.95

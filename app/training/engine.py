@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from app.config import TrainingConfig
 from app.errors import StageFailed
+from app.settings.training import TrainingConfig
 from app.training import attention, loss, parallel
 from app.training.deepspeed_config import deepspeed_config
 

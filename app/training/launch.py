@@ -15,9 +15,10 @@ from ray.exceptions import RayActorError, RayError
 
 from app import cluster
 from app import model as models
-from app.config import Config, TrainingConfig
+from app.config import Config
 from app.errors import ClusterError, ModelError, RayloopError, StageFailed, StorageError
 from app.job import job_id
+from app.settings.training import TrainingConfig
 from app.storage import Storage
 from app.training import adapters, attention, checkpoint, data, loss, preference_blocks
 from app.training.base_model import source

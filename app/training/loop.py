@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from app.config import TrainingConfig
 from app.errors import StageFailed
+from app.settings.training import TrainingConfig
 from app.training import bad_losses, checkpoint, dpo, loss
 from app.training.bad_losses import Losses
 from app.training.checkpoint import Position, Score, Snapshot

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from app.config import TrainingConfig
 from app.errors import ModelError
+from app.settings.training import TrainingConfig
 from app.training import attention
 from app.training.deepspeed_config import MOST_REDUCED, deepspeed_config
 

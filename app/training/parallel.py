@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from app.config import TrainingConfig
 from app.errors import ModelError
+from app.settings.training import TrainingConfig
 from app.training.packing import NOT_LEARNED
 
 # Axes: B blocks of a micro batch, T tokens of a block, t tokens of this worker's part, H heads, D size of a head

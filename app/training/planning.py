@@ -7,7 +7,8 @@ import numpy as np
 import ray
 
 from app import tables
-from app.config import Config, TrainingConfig
+from app.config import Config
+from app.settings.training import TrainingConfig
 from app.storage import Storage
 from app.training import checkpoint, data, memory, probe
 from app.training.base_model import pinned

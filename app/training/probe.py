@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from app.config import TrainingConfig
 from app.errors import RayloopError, StageFailed
+from app.settings.training import TrainingConfig
 from app.training.worker import start_model, use_threads
 
 ROOM_TIMEOUT_S = 20.0

@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.config import Config, TrainingConfig
+from app.config import Config
 from app.lineage import Lineage
 from app.report import Block, Card, Cards, Section, Table, Verdict, lines, render
+from app.settings.training import TrainingConfig
 from app.storage import Storage
 from app.versions import TableVersion
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from app import tables
-from app.config import Config, TrainingConfig, load
+from app.config import Config, load
 from app.errors import ConfigError, RayloopError, StageFailed
+from app.settings.training import TrainingConfig
 from app.storage import Storage
 from app.training import checkpoint, data
 from app.training.base_model import pinned

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.config import TrainingConfig
+from app.settings.training import TrainingConfig
 
 PROBE_SIDE_CPU, PROBE_SIDE_GPU = 768, 8_192
 """Side of the square matrices of the probe: large enough that more of them would be no faster."""

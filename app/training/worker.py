@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from app import telemetry
 from app.cluster import Holder
-from app.config import Config, TrainingConfig
+from app.config import Config
 from app.errors import ModelError, RayloopError, StageFailed
+from app.settings.training import TrainingConfig
 from app.storage import Storage
 from app.training import adapters, checkpoint, data
 from app.training.base_model import source

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from app.config import HOW_A_RUN_IS_COMPUTED, Config
+from app.config import Config
 from app.errors import ConfigError
+from app.settings.training import HOW_A_RUN_IS_COMPUTED
 from app.settings.tuning import TuningConfig
 from app.storage import Storage
 from app.tuning import space

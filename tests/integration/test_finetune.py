@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from app import lineage
 from app import model as models
-from app.config import Config, TrainingConfig
+from app.config import Config
 from app.errors import ModelError, RegistryError, StageFailed
 from app.registry import Registry
+from app.settings.training import TrainingConfig
 from app.training import adapters, checkpoint, data
 from app.training.trainer import Trained
 from app.versions import ModelVersion, TableVersion

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import HOW_A_RUN_IS_COMPUTED, Config, TrainingConfig, load
+from app.config import Config, load
 from app.errors import ConfigError
+from app.settings.training import HOW_A_RUN_IS_COMPUTED, TrainingConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "jobs" / "configs").glob("*.yaml"))
 

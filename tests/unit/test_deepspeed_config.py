@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from app.config import Config, TrainingConfig
+from app.config import Config
+from app.settings.training import TrainingConfig
 from app.training.deepspeed_config import deepspeed_config, learning_rate
 
 

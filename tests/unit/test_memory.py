@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from app import model as models
-from app.config import Config, TrainingConfig
+from app.config import Config
+from app.settings.training import TrainingConfig
 from app.training import memory
 from app.training.probe import free_bytes
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import ServingConfig
 from app.errors import RequestError
 from app.serving.requests import NEUTRAL, parse_chat, parse_feedback, parse_json
 from app.serving.schema import ChatRequest, FeedbackRequest
+from app.settings.serving import ServingConfig
 
 CONFIG = ServingConfig(max_messages=3, default_temperature=0.25)
 HELLO = {"role": "user", "content": "hello"}

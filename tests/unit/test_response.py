@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from app.config import HandoverConfig, ServingConfig
 from app.serving.response import ResponseManagement, concluded
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Intent, Refused
+from app.settings.serving import HandoverConfig, ServingConfig
 from app.storage import Storage
 from app.traffic import new_response_id, new_writer
 
