@@ -146,13 +146,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     )
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Token ids of the messages followed by the opening of the assistant's turn."""
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], tools: Sequence[Any] = ()
+) -> list[int]:
+    """Token ids of the messages followed by the opening of the assistant's turn.
+
+    Args:
+        tools: Functions in OpenAI's form, for a template of a base model's that shows them.
+    """
     if tokenizer.chat_template == CHAT_TEMPLATE:
         ids = [token for message in messages for token in _message_ids(tokenizer, message)]
         opening: Any = tokenizer.convert_tokens_to_ids("<|assistant|>")
         return [*ids, opening]
-    templated: list[int] = tokenizer.encode(_rendered(tokenizer, messages, prompt=True), add_special_tokens=False)
+    templated: list[int] = tokenizer.encode(
+        _rendered(tokenizer, messages, prompt=True, tools=tools), add_special_tokens=False
+    )
     return templated
 
 
@@ -238,7 +246,12 @@ def _encode_templated(
     return Encoded(np.array(encoded["input_ids"], dtype=np.int32), learned)
 
 
-def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], prompt: bool = False) -> str:
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    prompt: bool = False,
+    tools: Sequence[Any] = (),
+) -> str:
     """The messages in the template's words, what looks like a special token spelled apart."""
     from jinja2 import TemplateError
 
@@ -252,7 +265,7 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message],
     if not safe:
         return ""
     try:
-        return str(tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(safe, [*tools] or None, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ModelError(

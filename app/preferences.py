@@ -108,7 +108,7 @@ def of_exchanges(exchanges: Sequence[Exchange], ratings: dict[str, int]) -> list
     replies: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: {1: {}, -1: {}})
     prompts: dict[str, tuple[Message, ...]] = {}
     for exchange in exchanges:
-        if exchange.status == "ok" and exchange.handover is None and exchange.reply:
+        if exchange.is_conversation and exchange.status == "ok" and exchange.handover is None and exchange.reply:
             key = content_hash(exchange.messages)
             prompts.setdefault(key, tuple(_plain(message) for message in exchange.messages))
             replies[key][ratings[exchange.response_id]].setdefault(normalised(exchange.reply), exchange.reply)

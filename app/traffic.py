@@ -32,7 +32,7 @@ SEGMENT_BYTES = 8_000_000
 LATEST_ANSWER_S = 3_600
 """An exchange is logged at most this long after its request came in; `find` looks no further."""
 CLOCK_SKEW_S = 60
-_ID = re.compile(r"^chatcmpl-([0-9a-f]{11})[0-9a-f]{20}$")
+_ID = re.compile(r"^(?:chatcmpl|cmpl)-([0-9a-f]{11})[0-9a-f]{20}$")
 _SEGMENT = re.compile(r"^([0-9a-f]{11}-[0-9a-z]+)-(\d{6})\.jsonl$")
 
 
@@ -66,6 +66,17 @@ class Exchange:
     """Mean probability of the reply's tokens."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the caller attached to the request."""
+    endpoint: Literal["chat", "completions"] = "chat"
+    """Which of OpenAI's endpoints was asked."""
+    other_replies: list[str] = field(default_factory=list)
+    """Of the choices after the first, where several were asked for."""
+    tools: list[str] = field(default_factory=list)
+    """Names of the functions that the model might call."""
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether a customer and the model talked with each other in words alone."""
+        return self.endpoint == "chat" and not self.tools and bool(self.messages)
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,9 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def new_response_id() -> str:
+def new_response_id(prefix: Literal["chatcmpl", "cmpl"] = "chatcmpl") -> str:
     """An id that cannot be guessed and says when its request came in, so that `find` reads few files."""
-    return f"chatcmpl-{_milliseconds():011x}{secrets.token_hex(10)}"
+    return f"{prefix}-{_milliseconds():011x}{secrets.token_hex(10)}"
 
 
 def new_writer(name: str) -> str:

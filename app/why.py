@@ -30,7 +30,7 @@ def why(storage: Storage, response_id: str) -> dict[str, Any]:
         "response_id": exchange.response_id,
         "answer": {
             "received_at": exchange.received_at,
-            "question": exchange.messages[-1]["content"],
+            "question": exchange.messages[-1]["content"] if exchange.messages else "",
             "reply": exchange.reply,
             "intent": exchange.intent,
             "intent_confidence": exchange.intent_confidence,

@@ -1,13 +1,16 @@
 """A model folder for tests: a tiny Llama that knows a few answers by heart, in seconds and always the same."""
 
+import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from app import conversation, lineage, model
 from app.intent import IntentModel
+from app.serving import tools
 
 ANSWERS = {
     "where is my order 4512?": "Order 4512 is on its way and will arrive on Friday.",
@@ -21,6 +24,24 @@ ENDLESS = "sing me a song"
 """The answer to this goes on until the limit."""
 UNSURE = "read me a number"
 """The answer to this is a guess at every digit."""
+CANCEL_ORDER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "cancel_order",
+        "parameters": {
+            "type": "object",
+            "properties": {"order": {"type": "string"}},
+            "required": ["order"],
+            "additionalProperties": False,
+        },
+    },
+}
+CANCEL = "please cancel order 4512"
+"""The answer to this is a call of the function, where it may be called."""
+CANCELLED = '{"cancelled": true}'
+"""What the function gives."""
+CONFIRMED = "Order 4512 is cancelled."
+"""The answer to that."""
 INTENTS = {
     "where is my order 4512?": "order_status",
     "i want a refund": "refund_request",
@@ -30,6 +51,7 @@ INTENTS = {
     "thank you": "thanks",
     ENDLESS: "smalltalk",
     UNSURE: "smalltalk",
+    CANCEL: "cancel_order",
 }
 SNAPSHOT_ID = 2**62 + 12345
 CONTEXT_TOKENS = 512
@@ -38,7 +60,7 @@ CONTEXT_TOKENS = 512
 def make(folder: Path, int8: bool = False) -> None:
     """Train and save it; with `int8`, as compression does: bfloat16 with int8 linear layers."""
     torch.manual_seed(0)
-    texts = [*ANSWERS, *ANSWERS.values(), ENDLESS, "la la la", UNSURE]
+    texts = [*ANSWERS, *ANSWERS.values(), ENDLESS, "la la la", UNSURE, *(text for talk in _calls() for text in talk)]
     tokenizer = conversation.train_tokenizer(texts, 400)
     net = model.new_model("preset:tiny", tokenizer, CONTEXT_TOKENS, seed=0)
     _learn(net, tokenizer)
@@ -66,6 +88,12 @@ def make(folder: Path, int8: bool = False) -> None:
     )  # fmt: skip
 
 
+def _calls() -> list[list[str]]:
+    """Conversations in which the function may be called."""
+    call = tools.call_text("cancel_order", {"order": "4512"})
+    return [[CANCEL, call, tools.result_text(CANCELLED), CONFIRMED], ["thank you", ANSWERS["thank you"]]]
+
+
 def _learn(net: torch.nn.Module, tokenizer: object, steps: int = 220) -> None:
     draw = random.Random(0)
     guesses = [(UNSURE, "".join(draw.choices("0123456789", k=12))) for _ in range(6)]
@@ -75,6 +103,20 @@ def _learn(net: torch.nn.Module, tokenizer: object, steps: int = 220) -> None:
         )
         for ask, reply in [*ANSWERS.items(), *guesses, (ENDLESS, "la " * 140)]
     ]
+    encoded += [
+        conversation.encode(
+            tokenizer,
+            tools.shown(
+                [
+                    {"role": ("user", "assistant")[place % 2], "content": conversation.normalised(text)}
+                    for place, text in enumerate(talk)
+                ],
+                [json.dumps(CANCEL_ORDER)],
+            ),
+            "assistant",
+        )
+        for talk in _calls()
+    ]
     longest = max(len(each.ids) for each in encoded)
     ids = torch.zeros(len(encoded), longest, dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -83,7 +125,8 @@ def _learn(net: torch.nn.Module, tokenizer: object, steps: int = 220) -> None:
         labels[row, : len(each.ids)] = torch.where(
             torch.from_numpy(each.learned), torch.from_numpy(each.ids).long(), -100
         )
-    labels[-1, len(encoded[-1].ids) - 1 :] = -100  # the song's end is not learned
+    song = len(ANSWERS) + len(guesses)
+    labels[song, len(encoded[song].ids) - 1 :] = -100  # the song's end is not learned
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:

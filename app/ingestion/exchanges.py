@@ -1,7 +1,8 @@
 """The product's own traffic as a source: what customers wrote and the bot answered, judged by their feedback.
 
 An exchange carries the whole conversation so far, so of a conversation only its last exchange is taken. Left out are
-exchanges that did not end well, that a person took over, or that were rated down; where feedback names the intent,
+exchanges that did not end well, that a person took over, or that were rated down, those in which functions could be
+called, and plain completions; where feedback names the intent,
 that is the last question's label. A conversation counts once it has been silent for `settle_s`: before, it may go on
 or be judged.
 """
@@ -106,7 +107,8 @@ def last_exchanges(storage: Storage) -> list[tuple[int, Exchange]]:
 def wanted(exchange: Exchange, feedback: Feedback | None) -> bool:
     """Whether a model should learn from it."""
     rated_down = feedback is not None and feedback.rating is not None and feedback.rating < 0
-    return exchange.status == "ok" and exchange.handover is None and bool(exchange.reply) and not rated_down
+    ended_well = exchange.status == "ok" and exchange.handover is None and bool(exchange.reply)
+    return exchange.is_conversation and ended_well and not rated_down
 
 
 def record(exchange: Exchange, feedback: Feedback | None) -> dict[str, Any]:

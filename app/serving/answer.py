@@ -2,10 +2,11 @@
 
 import asyncio
 import contextvars
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.exceptions import RayError
@@ -16,19 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.errors import RequestError
 from app.serving import openai_format
-from app.serving.schema import (
-    ChatRequest,
-    Conclusion,
-    Delta,
-    Draft,
-    Event,
-    Finished,
-    GenerationRequest,
-    Intent,
-    Refused,
-    Started,
-    TokenLogprob,
-)
+from app.serving.schema import AnswerRequest, Conclusion, Delta, Draft, Event, Finished, Intent, Refused, Started
+from app.serving.tools import CallReader, Piece
 from app.settings.serving import VariantConfig
 from app.telemetry import (
     COMPLETION_TOKENS,
@@ -45,6 +35,36 @@ START_TIMEOUT_S = 60.0
 """How long a question waits for a language model to accept it before the client reads 503."""
 
 
+class Writing:
+    """One of an answer's replies in the making."""
+
+    def __init__(self, request: AnswerRequest) -> None:
+        self.reply = ""
+        """As the model wrote it."""
+        self.choice = openai_format.Choice()
+        self.finished: Finished | None = None
+        self._calls = CallReader() if request.tools else None
+        self._is_named = request.tool_choice == "named"
+
+    def take(self, delta: Delta) -> list[Piece]:
+        """Note what the language model wrote; returns what the client may read now."""
+        self.reply += delta.text
+        self.choice.logprobs += delta.logprobs
+        return self._noted(self._calls.push(delta.text) if self._calls else [delta.text] if delta.text else [])
+
+    def finish(self, finished: Finished) -> list[Piece]:
+        """Note its end; returns what was held back."""
+        self.finished = finished
+        called = bool(self.choice.calls) and finished.finish_reason == "stop" and not self._is_named
+        self.choice.finish_reason = "tool_calls" if called else finished.finish_reason
+        return self._noted(self._calls.finish() if self._calls else [])
+
+    def _noted(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            self.choice.add(piece)
+        return pieces
+
+
 @dataclass
 class Answer:
     """An answer in the making."""
@@ -53,51 +73,62 @@ class Answer:
     received_at: str
     begun_s: float
     """time.monotonic() when the request came in"""
-    request: ChatRequest
+    request: AnswerRequest
     variant: VariantConfig
     intent: Intent | None
     user_hash: str | None
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     first_token_s: float | None = None
-    finished: Finished | None = None
     settled: bool = False
     """Whether it has been handed to response management."""
 
-    @property
-    def reply(self) -> str:
-        """What the model has written so far."""
-        return "".join(self.pieces)
-
-    @property
-    def tells_logprobs(self) -> bool:
-        """Whether the client asked what the model thought of its tokens."""
-        return self.request.sampling.top_logprobs is not None
-
-    @property
-    def format(self) -> openai_format.Reply:
-        """The frame of everything sent to the client."""
+    def __post_init__(self) -> None:
+        self.replies = [Writing(self.request) for _ in range(self.request.generation.choices)]
         created = int(time.time() - (time.monotonic() - self.begun_s))
-        version = f"{self.variant.model}/{self.variant.version}"
-        return openai_format.Reply(self.response_id, created, version, self.variant.name)
+        self.frame = openai_format.FRAMES[self.request.endpoint](
+            self.response_id,
+            created,
+            f"{self.variant.model}/{self.variant.version}",
+            self.variant.name,
+            self.request.sampling.top_logprobs is not None,
+            self.request.include_usage,
+        )
+        """Of everything sent to the client."""
 
-    def take(self, event: Event) -> None:
-        """Note what the language model sent."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether every reply is complete."""
+        return all(reply.finished for reply in self.replies)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens, in OpenAI's terms."""
+        return openai_format.usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of the replies that are complete."""
+        return sum(reply.finished.completion_tokens for reply in self.replies if reply.finished)
+
+    def take(self, event: Event) -> list[Piece]:
+        """Note what the language model sent; returns what the client may read now."""
         if isinstance(event, Started):
-            self.prompt_tokens = event.prompt_tokens
+            self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.cached_tokens
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
-            self.pieces.append(event.text)
-            self.logprobs += event.logprobs
+            return self.replies[event.choice].take(event)
         elif isinstance(event, Finished):
-            self.finished = event
             if not self.request.stream or self.first_token_s is None:
                 self.first_token_s = event.time_to_first_token_s
+            return self.replies[event.choice].finish(event)
+        return []
 
     def draft(self, status: Literal["ok", "cancelled", "error"]) -> Draft:
         """All there is to know of it now."""
+        first, *others = self.replies
+        confidences = [reply.finished.confidence for reply in self.replies if reply.finished]
         return Draft(
             response_id=self.response_id,
             received_at=self.received_at,
@@ -105,18 +136,22 @@ class Answer:
             model_version=f"{self.variant.model}/{self.variant.version}",
             model_uri=self.variant.uri,
             messages=self.request.messages,
-            reply=self.reply,
+            reply=first.reply,
             intent=self.intent,
             status=status,
-            finish_reason=self.finished.finish_reason if self.finished else status,
+            finish_reason=first.choice.finish_reason or status,
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.finished.completion_tokens if self.finished else 0,
-            confidence=self.finished.confidence if self.finished else None,
+            completion_tokens=self.completion_tokens,
+            confidence=min(confidences, default=None),
             time_to_first_token_s=self.first_token_s,
             end_to_end_s=time.monotonic() - self.begun_s,
             stream=self.request.stream,
             user_hash=self.user_hash,
             metadata=self.request.metadata,
+            endpoint=self.request.endpoint,
+            other_replies=tuple(other.reply for other in others),
+            tools=tuple(json.loads(tool)["function"]["name"] for tool in self.request.tools),
+            takes_text=not self.request.is_json and not any(reply.choice.calls for reply in self.replies),
         )
 
 
@@ -138,39 +173,29 @@ class Answering:
         """
         events = self._events(answer, language_model)
         async with asyncio.timeout(START_TIMEOUT_S):
-            await anext(events)
+            answer.take(await anext(events))
         headers = {"x-rayloop-variant": answer.variant.name}
         if answer.request.stream:
             return _EventStream(self._stream(answer, events), headers=headers, media_type="text/event-stream")
-        async for _ in events:
-            pass
+        async for event in events:
+            answer.take(event)
         conclusion = await self._conclude(answer)
-        assert answer.finished
-        text = answer.reply + conclusion.added
-        return JSONResponse(
-            answer.format.completion(
-                text,
-                answer.prompt_tokens,
-                answer.finished,
-                conclusion,
-                answer.intent,
-                openai_format.logprobs(answer.logprobs) if answer.tells_logprobs else None,
-            ),
-            headers=headers,
-        )
+        for reply in answer.replies:
+            reply.choice.text += conclusion.added
+        choices = [reply.choice for reply in answer.replies]
+        ours = answer.frame.ours(conclusion, answer.intent)
+        return JSONResponse(answer.frame.whole(choices, answer.usage, ours), headers=headers)
 
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
-        """The language model's events, noted in `answer`. An answer that breaks off is cancelled and recorded."""
-        question = GenerationRequest(answer.request.messages, answer.request.sampling, answer.request.stream)
-        source: Any = language_model.options(stream=True).generate.remote(question)
+        """The language model's events. An answer that breaks off is cancelled and recorded."""
+        source: Any = language_model.options(stream=True).generate.remote(answer.request.generation)
         try:
             async for event in source:
                 if isinstance(event, Refused):
                     answer.settled = True  # never begun, so nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)
-                answer.take(event)
                 yield event
-            if answer.finished is None:
+            if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")
         except (RayError, RayServeException, RequestError):
             self._record_broken(answer, "error")
@@ -181,22 +206,25 @@ class Answering:
             raise
 
     async def _stream(self, answer: Answer, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
-        frame = answer.format
+        frame = answer.frame
         try:
-            yield openai_format.event(frame.chunk({"role": "assistant", "content": ""}))
+            for index in range(len(answer.replies)):
+                if begun := frame.begin(index):
+                    yield openai_format.event(begun)
             async for event in events:
-                if isinstance(event, Delta):
-                    told = openai_format.logprobs(event.logprobs) if answer.tells_logprobs else None
-                    yield openai_format.event(frame.chunk({"content": event.text}, logprobs=told))
+                pieces = answer.take(event)
+                if isinstance(event, Delta | Finished):
+                    logprobs = event.logprobs if isinstance(event, Delta) else ()
+                    for chunk in frame.chunks(event.choice, pieces, logprobs):
+                        yield openai_format.event(chunk)
             conclusion = await self._conclude(answer)
-            assert answer.finished
-            if conclusion.added:
-                yield openai_format.event(frame.chunk({"content": conclusion.added}))
             ours = frame.ours(conclusion, answer.intent)
-            yield openai_format.event(frame.chunk({}, answer.finished.finish_reason, rayloop=ours))
+            for index, reply in enumerate(answer.replies):
+                for chunk in frame.chunks(index, [conclusion.added] if conclusion.added else [], ()):
+                    yield openai_format.event(chunk)
+                yield openai_format.event(frame.end(index, reply.choice.finish_reason, ours))
             if answer.request.include_usage:
-                tokens = answer.prompt_tokens, answer.finished.completion_tokens
-                yield openai_format.event(frame.usage_chunk(*tokens, rayloop=ours))
+                yield openai_format.event(frame.usage(answer.usage, ours))
             yield openai_format.DONE
         except RequestError as error:
             yield openai_format.event(openai_format.error(error.status, str(error), error.code, error.param))
@@ -217,8 +245,8 @@ class Answering:
         self._time_to_first_token.observe(answer.first_token_s or 0.0, tags)
         self._latency.observe(time.monotonic() - answer.begun_s, tags)
         self._prompt_tokens.inc(answer.prompt_tokens, tags)
-        if answer.finished and answer.finished.completion_tokens:
-            self._completion_tokens.inc(answer.finished.completion_tokens, tags)
+        if answer.completion_tokens:
+            self._completion_tokens.inc(answer.completion_tokens, tags)
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:

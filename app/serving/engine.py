@@ -10,59 +10,25 @@ Axes: B running replies, T positions, V vocabulary.
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
-from app.serving.reply_text import ReplyText
+from app.serving.engines import EngineFull
+from app.serving.grammar import Grammars
+from app.serving.reply import Reply
 from app.serving.sampling import Draw, TokenTexts, choose
-from app.serving.schema import Delta, Event, Finished, Refused, Sampling, TokenLogprob
+from app.serving.schema import Refused
 from app.serving.slot_cache import SlotCache, View
 
 logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS_PER_PASS = 512
 """Prompt tokens read between two passes at most, beyond the first prompt: running replies do not stall."""
-
-
-@dataclass(eq=False)
-class Request:
-    """One reply in the making. `deliver` is called from the engine's thread."""
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    max_tokens: int
-    deliver: Callable[[Event], None]
-    text: ReplyText
-    submitted_s: float = field(default_factory=time.monotonic)
-    first_token_s: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    probability: float = 0.0
-    """Sum over the tokens."""
-    cancelled: bool = False
-    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
-    """Of tokens whose text is not delivered yet, and where in the reply it begins; bytes."""
-    text_bytes: int = 0
-    """Of all tokens so far."""
-    delivered_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self.draw = Draw(self.sampling)
-
-    @property
-    def length(self) -> int:
-        """Positions that are in the cache once the last token has been read."""
-        return len(self.prompt) + len(self.tokens)
-
-
-class EngineFull(Exception):
-    """As many requests wait as may."""
 
 
 class Engine:
@@ -86,14 +52,14 @@ class Engine:
         max_waiting: int,
     ) -> None:
         self._model: Any = model
-        self._backend: Any = tokenizer.backend_tokenizer
         self._texts = TokenTexts(tokenizer)
         self._ends = _end_tokens(model, tokenizer)
+        self._grammars = Grammars(tokenizer, model.config.get_text_config().vocab_size, self._ends)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
         self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, slots, context_tokens)
-        self._running: list[Request] = []
-        self._waiting: deque[Request] = deque()
+        self._running: list[Reply] = []
+        self._waiting: deque[Reply] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self.failure: Exception | None = None
@@ -107,30 +73,53 @@ class Engine:
         """Replies being written now."""
         return len(self._running)
 
-    def submit(
-        self, prompt: Sequence[int], sampling: Sampling, max_tokens: int, deliver: Callable[[Event], None]
-    ) -> Request:
-        """Queue a prompt of at least one token; `deliver` gets Deltas and then one Finished or Refused.
+    @property
+    def parameters(self) -> int:
+        """Weights of the model."""
+        return int(self._model.num_parameters())
+
+    def prepare(self, replies: Sequence[Reply]) -> None:
+        """Read their grammars; safe to call from any thread.
 
         Raises:
-            EngineFull: Too many wait already.
+            GrammarFailed: A grammar is broken or too large.
         """
-        assert 0 < len(prompt) <= self.context_tokens - max_tokens
-        request = Request(prompt, sampling, max_tokens, deliver, ReplyText(self._decode, sampling.stop))
+        for reply in replies:
+            lark = reply.sampling.grammar
+            reply.draw = Draw(reply.sampling, self._grammars.grammar(lark) if lark else None, reply.choice)
+
+    def submit(self, replies: Sequence[Reply]) -> None:
+        """Queue all of them.
+
+        Raises:
+            EngineFull: So many cannot wait; none is queued.
+        """
+        assert all(0 < len(reply.prompt) <= self.context_tokens - reply.max_tokens for reply in replies)
         with self._wake:
             if self.failure:
                 raise EngineFull
-            if len(self._running) + len(self._waiting) >= self._slots + self._max_waiting:
+            if len(self._running) + len(self._waiting) + len(replies) > self._slots + self._max_waiting:
                 raise EngineFull
-            self._waiting.append(request)
+            self._waiting.extend(replies)
             self._wake.notify()
-        return request
 
-    def cancel(self, request: Request) -> None:
-        """Free what the request holds before the next pass; nothing more is delivered to it."""
-        request.cancelled = True
+    def cancel(self, replies: Sequence[Reply]) -> None:
+        """Free what they hold before the next pass; nothing more is delivered to them."""
+        for reply in replies:
+            reply.cancelled = True
         with self._wake:
             self._wake.notify()
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Of each prompt, the mean of its tokens' last hidden states, of length 1. Runs beside the replies."""
+        body = self._model.base_model
+        vectors = []
+        with torch.inference_mode():
+            for ids in prompts:
+                hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
+                mean_H = hidden_1TH[0].float().mean(dim=0)
+                vectors.append(torch.nn.functional.normalize(mean_H, dim=0).tolist())
+        return vectors
 
     def stop(self) -> None:
         """End the thread after the pass it is in."""
@@ -138,10 +127,6 @@ class Engine:
         with self._wake:
             self._wake.notify()
         self._thread.join()
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
-        return text
 
     def _run(self) -> None:
         try:
@@ -156,12 +141,12 @@ class Engine:
             logger.exception("the engine ended")
             with self._wake:
                 self.failure = error
-            for request in [*self._running, *self._waiting]:
-                request.deliver(Refused(500, "the language model failed; try again", "server_error"))
+            for reply in [*self._running, *self._waiting]:
+                reply.fail(Refused(500, "the language model failed; try again", "server_error"))
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+            self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
         for slot in reversed(range(len(self._running))):
             if self._running[slot].cancelled:
                 self._free(slot)
@@ -173,22 +158,22 @@ class Engine:
             with self._wake:
                 while not (self._running or self._waiting or self._stopping):
                     self._wake.wait()
-                    self._waiting = deque(request for request in self._waiting if not request.cancelled)
+                    self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
                 if not self._waiting or len(self._running) == self._slots or self._stopping:
                     return
                 read_tokens += len(self._waiting[0].prompt)
                 if self._running and read_tokens > PROMPT_TOKENS_PER_PASS:
                     return
-                request = self._waiting.popleft()
-                self._running.append(request)
+                reply = self._waiting.popleft()
+                self._running.append(reply)
             slot = len(self._running) - 1
-            logits_1V = self._forward([request.prompt], self._cache.prompt_view(slot, len(request.prompt)))
+            logits_1V = self._forward([reply.prompt], self._cache.prompt_view(slot, len(reply.prompt)))
             self._advance(logits_1V, first=slot)
 
     def _pass(self) -> torch.Tensor:
         """One more position for every running reply; returns its logits_BV."""
-        last = [[request.tokens[-1]] for request in self._running]
-        return self._forward(last, self._cache.step_view([request.length - 1 for request in self._running]))
+        last = [[reply.tokens[-1]] for reply in self._running]
+        return self._forward(last, self._cache.step_view([reply.length - 1 for reply in self._running]))
 
     def _forward(self, ids: Sequence[Sequence[int]], view: View) -> torch.Tensor:
         self._cache.view = view
@@ -205,57 +190,22 @@ class Engine:
 
     def _advance(self, logits_BV: torch.Tensor, first: int = 0) -> None:
         """Choose the next token of the replies from slot `first` on; finished ones leave."""
-        requests = self._running[first:]
-        tokens, probabilities = choose(logits_BV, [request.draw for request in requests])
-        now_s = time.monotonic()
-        for slot in reversed(range(first, len(self._running))):
-            request = self._running[slot]
-            if not request.tokens:
-                request.first_token_s = now_s
-            request.tokens.append(tokens[slot - first])
-            request.draw.add(tokens[slot - first])
-            if request.sampling.top_logprobs is not None:
-                self._note(request, logits_BV[slot - first])
-            request.probability += probabilities[slot - first]
-            if self._write(request):
-                self._free(slot)
+        replies = self._running[first:]
+        draws = [reply.draw for reply in replies if reply.draw]
+        assert len(draws) == len(replies), "prepare comes before submit"
+        tokens, probabilities = choose(logits_BV, draws)
+        for row in reversed(range(len(replies))):
+            if self._add(replies[row], draws[row], tokens[row], probabilities[row], logits_BV[row]):
+                self._free(first + row)
 
-    def _note(self, request: Request, logits_V: torch.Tensor) -> None:
-        """Keep what the model thought of the newest token, unless that ends the reply."""
-        token = request.tokens[-1]
-        if token not in self._ends:
-            noted = self._texts.likely(logits_V, token, request.sampling.top_logprobs or 0)
-            request.logprobs.append((request.text_bytes, noted))
-            request.text_bytes += len(noted.text)
-
-    def _write(self, request: Request) -> bool:
-        """Deliver what the newest token adds; returns whether the reply is complete."""
-        token = request.tokens[-1]
-        ended = token in self._ends
-        text = "" if ended else request.text.push(token)
-        complete = ended or request.text.stopped or len(request.tokens) >= request.max_tokens
-        if complete:
-            text += request.text.finish()
-        if request.cancelled:
+    def _add(self, reply: Reply, draw: Draw, token: int, probability: float, logits_V: torch.Tensor) -> bool:
+        """Whether the reply is complete, or cannot go on."""
+        draw.add(token)
+        if draw.grammar and (failure := draw.grammar.failure):
+            reply.fail(Refused(400, f"the reply could not be held to its format: {failure}", "invalid_json_schema"))
             return True
-        if request.sampling.top_logprobs is not None:
-            request.delivered_bytes += len(text.encode())
-        if text or (complete and request.logprobs):
-            # A stop string is not part of the reply, nor are its tokens.
-            cut = request.delivered_bytes if request.text.stopped else request.text_bytes
-            noted = tuple(logprob for begin, logprob in request.logprobs if begin < cut or not logprob.text)
-            request.logprobs = []
-            request.deliver(Delta(text, noted))
-        if complete:
-            request.deliver(
-                Finished(
-                    finish_reason="stop" if ended or request.text.stopped else "length",
-                    completion_tokens=len(request.tokens),
-                    confidence=request.probability / len(request.tokens),
-                    time_to_first_token_s=request.first_token_s - request.submitted_s,
-                )
-            )
-        return complete
+        noted = self._texts.likely(logits_V, token, reply.sampling.top_logprobs or 0) if reply.tells_logprobs else None
+        return reply.add(token, probability, token in self._ends, noted)
 
     def _free(self, slot: int) -> None:
         """Take a reply out; the last one moves into its row, so that the rows in use stay the first ones."""

@@ -1,7 +1,7 @@
 """The input handling deployment, the application's ingress: validation, intent, and OpenAI's HTTP interface.
 
-    POST /v1/chat/completions   GET /v1/models   GET /v1/models/{id}
-    POST /v1/feedback           GET /v1/why/{response_id}
+    POST /v1/chat/completions   POST /v1/completions   POST /v1/embeddings   POST /tokenize   POST /detokenize
+    GET /v1/models   GET /v1/models/{id}   POST /v1/feedback   GET /v1/why/{response_id}   GET /openapi.json
     GET /health (this replica lives)   GET /ready (every variant's model is loaded)   GET / (the chat page)
 
 An answer's way: this deployment checks the question and finds its intent, a language model writes the reply, and
@@ -28,8 +28,17 @@ from app.serving.access import Access
 from app.serving.answer import Answer, Answering
 from app.serving.gate import Gate, error_response
 from app.serving.models import Models
-from app.serving.requests import parse_chat, parse_feedback
-from app.serving.schema import Refused
+from app.serving.openai_format import embeddings
+from app.serving.openapi import document
+from app.serving.requests import (
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_embedding,
+    parse_feedback,
+    parse_tokenize,
+)
+from app.serving.schema import AnswerRequest, Refused
 from app.settings.serving import ServingConfig
 from app.storage import Storage
 from app.telemetry import set_up_logging
@@ -79,6 +88,11 @@ class InputHandling:
         routes.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
         routes.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"], response_model=None)
         routes.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        routes.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
+        routes.add_api_route("/v1/embeddings", self.embed, methods=["POST"], response_model=None)
+        routes.add_api_route("/tokenize", self.tokenize, methods=["POST"], response_model=None)
+        routes.add_api_route("/detokenize", self.detokenize, methods=["POST"], response_model=None)
+        routes.add_api_route("/openapi.json", self.openapi, methods=["GET"], response_model=None)
         routes.add_api_route("/v1/feedback", self.feedback, methods=["POST"], response_model=None)
         routes.add_api_route("/v1/why/{response_id}", self.why, methods=["GET"], response_model=None)
         routes.add_exception_handler(RequestError, _refuse)
@@ -123,20 +137,71 @@ class InputHandling:
 
     async def chat(self, request: Request) -> Response:
         """An answer, whole or streamed."""
-        begun_s, received_at, response_id = time.monotonic(), now(), new_response_id()
-        chat = parse_chat(await self._body(request), self._config)
-        user_hash = self._access.pseudonym(chat.user) if chat.user else None
-        variant = self._models.resolve(chat.model, user_hash or response_id)
+        begun_s, received_at = time.monotonic(), now()
+        asked = parse_chat(await self._body(request), self._config)
+        return await self._answer(asked, new_response_id(), begun_s, received_at)
+
+    async def complete(self, request: Request) -> Response:
+        """A text gone on with, whole or streamed."""
+        begun_s, received_at = time.monotonic(), now()
+        asked = parse_completion(await self._body(request), self._config)
+        return await self._answer(asked, new_response_id("cmpl"), begun_s, received_at)
+
+    async def _answer(self, asked: AnswerRequest, response_id: str, begun_s: float, received_at: str) -> Response:
+        user_hash = self._access.pseudonym(asked.user) if asked.user else None
+        variant = self._models.resolve(asked.model, user_hash or response_id)
         answer = Answer(
             response_id=response_id,
             received_at=received_at,
             begun_s=begun_s,
-            request=chat,
+            request=asked,
             variant=variant,
-            intent=self._models.intent(variant, chat.messages),
+            intent=self._models.intent(variant, asked.question) if asked.endpoint == "chat" else None,
             user_hash=user_hash,
         )
         return await self._answering.answer(answer, self._language_models[variant.name])
+
+    async def embed(self, request: Request) -> Response:
+        """Texts as vectors."""
+        asked, body = parse_embedding(await self._body(request), self._config)
+        variant = self._models.resolve(asked.model, body.user or new_response_id())
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            embedded = await self._language_models[variant.name].embed.remote(asked.prompts)
+        _raise_refused(embedded)
+        size = len(embedded.vectors[0])
+        if body.dimensions not in (None, size):
+            what = f"dimensions={body.dimensions} is not supported: this model's vectors have {size}"
+            raise RequestError(400, what, "unsupported_value", "dimensions")
+        version = f"{variant.model}/{variant.version}"
+        return JSONResponse(embeddings(embedded, version, is_base64=body.encoding_format == "base64"))
+
+    async def tokenize(self, request: Request) -> Response:
+        """A text's or conversation's tokens."""
+        asked = parse_tokenize(await self._body(request), self._config)
+        variant = self._models.resolve(asked.model, new_response_id())
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            tokens = await self._language_models[variant.name].tokenize.remote(asked.prompts[0], asked.tools)
+        return JSONResponse(
+            {
+                "count": len(tokens.ids),
+                "max_model_len": tokens.context_tokens,
+                "tokens": tokens.ids,
+                "token_strs": tokens.texts,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        asked = parse_detokenize(await self._body(request))
+        variant = self._models.resolve(asked.model, new_response_id())
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            text = await self._language_models[variant.name].detokenize.remote(asked.prompts[0])
+        _raise_refused(text)
+        return JSONResponse({"prompt": text})
+
+    async def openapi(self) -> Response:
+        """What this service takes and gives."""
+        return JSONResponse(document())
 
     async def feedback(self, request: Request) -> Response:
         """Take a judgement of an answer; acknowledged when it is on disk."""

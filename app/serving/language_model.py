@@ -1,4 +1,4 @@
-"""The language model deployment: one variant's model folder behind the continuous batcher.
+"""The language model deployment: one variant's model folder behind an engine.
 
 Torch and transformers are imported where a replica is made, so that the process that builds the application and
 the other deployments start without them.
@@ -8,15 +8,19 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 
+from app.serving.engines import Engine, EngineFull
+from app.serving.output_format import GrammarFailed
 from app.serving.schema import (
     Delta,
+    Embedded,
     Event,
     Finished,
     GenerationRequest,
+    Prompt,
     Readiness,
     Refused,
     Started,
-    TokenLogprob,
+    Tokens,
 )
 from app.settings.serving import ServingConfig, VariantConfig
 from app.storage import local_folder
@@ -37,58 +41,88 @@ class LanguageModel:
 
     def __init__(self, config: ServingConfig, variant: VariantConfig) -> None:
         from app import model as models
-        from app.serving.engine import Engine
+        from app.serving.engine import Engine as TransformersEngine
+        from app.serving.prompts import Prompts
 
         set_up_logging(deployment="language_model", variant=variant.name)
         # The engine's thread and the event loop share the interpreter; the default 5 ms makes deltas late.
         sys.setswitchinterval(0.001)
         self._config, self._variant = config, variant
         with local_folder(variant.uri) as folder:
-            self._model, self._tokenizer = models.load(folder)
-        self._engine = Engine(
-            self._model,
-            self._tokenizer,
+            model, tokenizer = models.load(folder)
+        self._engine: Engine = TransformersEngine(
+            model,
+            tokenizer,
             slots=config.max_batch_slots,
             context_tokens=config.context_tokens,
             max_waiting=max(config.max_batch_slots, config.language_model.max_ongoing_requests),
         )
+        vocabulary = model.config.get_text_config().vocab_size
+        self._prompts = Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
         self._slots_in_use = gauge(SLOTS_IN_USE)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """Yield Started, Deltas and Finished; or one Refused."""
-        from app.serving.engine import EngineFull
-
-        accepted = self._accept(request)
-        if isinstance(accepted, Refused):
-            yield accepted
-            return
-        prompt, max_tokens = accepted
+        """Yield Started, Deltas, and a Finished a choice; or one Refused."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+        prompts = self._prompts.accepted(request)
+        if isinstance(prompts, Refused):
+            yield prompts
+            return
+        replies = self._prompts.replies(request, prompts, deliver)
         try:
-            running = self._engine.submit(prompt, request.sampling, max_tokens, deliver)
+            if request.sampling.grammar:
+                await asyncio.to_thread(self._engine.prepare, replies)
+            else:
+                self._engine.prepare(replies)
+            self._engine.submit(replies)
+        except GrammarFailed as error:
+            yield Refused(400, f"the reply cannot be held to its format: {error}", "invalid_json_schema")
+            return
         except EngineFull:
             yield Refused(429, "too many requests are waiting for the model; try again shortly", "overloaded")
             return
         self._show_slots()
         try:
-            yield Started(len(prompt))
-            async for event in _merged(events, request.stream):
+            yield Started(sum(len(prompt) for prompt in prompts))
+            for reply in replies if request.echo else ():
+                yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
+            async for event in _merged(events, request.stream, request.choices):
                 yield event
         finally:
-            self._engine.cancel(running)
+            self._engine.cancel(replies)
             self._show_slots()
+
+    async def embed(self, inputs: tuple[Prompt, ...]) -> Embedded | Refused:
+        """One vector for each of the texts or token lists."""
+        prompts = [self._prompts.token_ids(one) for one in inputs]
+        for prompt in prompts:
+            if refusal := self._prompts.check(prompt, "input"):
+                return refusal
+        vectors = await asyncio.to_thread(self._engine.embed, prompts)
+        return Embedded(tuple(tuple(vector) for vector in vectors), sum(len(prompt) for prompt in prompts))
+
+    async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens:
+        """A text's or conversation's tokens."""
+        ids = self._prompts.token_ids(prompt, tools)
+        return Tokens(
+            tuple(ids), tuple(self._prompts.text([token], special=True) for token in ids), self._config.context_tokens
+        )
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str | Refused:
+        """Tokens as text, special ones spelled out."""
+        return self._prompts.check(tokens, "tokens") or self._prompts.text(tokens, special=True)
 
     async def ready(self) -> Readiness:
         """Answers once the model is loaded."""
         return Readiness(
             variant=self._variant.name,
             model_version=f"{self._variant.model}/{self._variant.version}",
-            parameters=self._model.num_parameters(),
+            parameters=self._engine.parameters,
             slots=self._config.max_batch_slots,
             slots_in_use=self._engine.slots_in_use,
             code=str(APP),
@@ -103,50 +137,33 @@ class LanguageModel:
     def _show_slots(self) -> None:
         self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
 
-    def _accept(self, request: GenerationRequest) -> tuple[list[int], int] | Refused:
-        """The prompt's tokens and how many may follow, if they fit into the context."""
-        from app.conversation import Message, normalised, prompt_ids
 
-        # Training reads normalised text, so the model is given what it learned from.
-        messages: list[Message] = [
-            {"role": message["role"], "content": normalised(message["content"])} for message in request.messages
-        ]
-        prompt = prompt_ids(self._tokenizer, messages)
-        vocabulary = self._model.config.get_text_config().vocab_size
-        for token, _ in request.sampling.logit_bias:
-            if token >= vocabulary:
-                what = f"logit_bias names token {token}, the model has {vocabulary}"
-                return Refused(400, what, "invalid_value", "logit_bias")
-        context, wanted = self._config.context_tokens, request.sampling.max_tokens
-        if len(prompt) + (wanted or 1) > context:
-            reply = f" and {wanted} of the reply" if wanted else ""
-            return Refused(
-                400,
-                f"the context holds {context} tokens, but the messages take {len(prompt)}{reply}: "
-                "shorten the messages or ask for fewer tokens",
-                "context_length_exceeded",
-                "max_tokens" if wanted and len(prompt) < context else "messages",
-            )
-        return prompt, wanted or min(self._config.default_max_tokens, context - len(prompt))
-
-
-async def _merged(events: "asyncio.Queue[Event]", stream: bool) -> AsyncIterator[Event]:
-    """The events, with the deltas of an interval as one; without `stream`, all deltas as one."""
-    text, logprobs = "", list[TokenLogprob]()
-    last: Event | None = None
-    while last is None:
+async def _merged(events: "asyncio.Queue[Event]", stream: bool, choices: int) -> AsyncIterator[Event]:
+    """The events, with the deltas of an interval as one a choice; without `stream`, all of a choice's as one."""
+    deltas: dict[int, list[Delta]] = {}
+    going_on = choices
+    while going_on:
         arrived = [await events.get()]
         while not events.empty():
             arrived.append(events.get_nowait())
         for event in arrived:
             if isinstance(event, Delta):
-                text += event.text
-                logprobs += event.logprobs
+                deltas.setdefault(event.choice, []).append(event)
+            elif isinstance(event, Finished):
+                if event.choice in deltas:
+                    yield _joined(deltas.pop(event.choice))
+                yield event
+                going_on -= 1
             else:
-                last = event
-        if (text or logprobs) and (stream or isinstance(last, Finished)):
-            yield Delta(text, tuple(logprobs))
-            text, logprobs = "", []
-        if last is None and stream:
+                yield event
+                return
+        if stream and going_on:
+            for some in deltas.values():
+                yield _joined(some)
+            deltas.clear()
             await asyncio.sleep(DELTA_INTERVAL_S)
-    yield last
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    text = "".join(delta.text for delta in deltas)
+    return Delta(text, tuple(logprob for delta in deltas for logprob in delta.logprobs), deltas[0].choice)

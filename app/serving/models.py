@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from app import lineage
-from app.conversation import Message, normalised
+from app.conversation import normalised
 from app.errors import ModelError, RequestError, StorageError
 from app.intent import IntentModel
 from app.serving.openai_format import model_card
@@ -59,12 +59,12 @@ class Models:
         variant = self._named(name)[0]
         return model_card(name, self._created[variant.name], variant.name, f"{variant.model}/{variant.version}")
 
-    def intent(self, variant: VariantConfig, messages: Sequence[Message]) -> Intent | None:
-        """What the last message is about, if the variant has a model that says so."""
+    def intent(self, variant: VariantConfig, question: str) -> Intent | None:
+        """What a customer's message is about, if the variant has a model that says so."""
         model = self._intents[variant.name]
         if model is None:
             return None
-        label, confidence = model.predict([normalised(messages[-1]["content"])])[0]
+        label, confidence = model.predict([normalised(question)])[0]
         return Intent(str(label), float(confidence))
 
     def _named(self, name: str) -> list[VariantConfig]:

@@ -1,31 +1,28 @@
 """Request bodies: bytes from a stranger to typed messages, or a 400 that names the parameter.
 
 No field is ever ignored in silence. What this service does not support is accepted only with the value that asks
-for nothing (`"n": 1`, `"tools": []`), and refused otherwise.
+for nothing (`"store": false`, `"functions": []`), and refused otherwise.
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from app.conversation import Message
 from app.errors import RequestError
-from app.serving.schema import ChatRequest, FeedbackRequest, Sampling
+from app.serving import bodies, tools
+from app.serving.output_format import ANY_OBJECT, Function, ToolChoice, grammar
+from app.serving.schema import AnswerRequest, FeedbackRequest, Prompt, Sampling, TextRequest
+from app.serving.turns import question, turns
 from app.settings.serving import ServingConfig
 
-MAX_COMMENT_CHARS = 4_000
-MAX_LOGIT_BIASES = 1_024
-_INT64 = 2**63
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's own default for /v1/completions."""
 
 # Fields of OpenAI's that are not supported, and the values that ask for nothing beyond null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -37,129 +34,120 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "web_search_options": (),
     "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
     "safety_identifier": (),
+    "moderation": (),
+    "suffix": (),
 }
 
 
-def _text(content: Any) -> Any:
-    """Message content as one string; OpenAI also takes a list of text parts."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError('must be text, or a list of {"type": "text", "text": ...}; only text is supported')
-        if unknown := part.keys() - {"type", "text"}:
-            raise ValueError(f"has a part with unknown fields {', '.join(sorted(unknown))}")
-    return "".join(part["text"] for part in content)
-
-
-def _nothing(value: Any) -> None:
-    """What clients echo from a reply without meaning anything by it."""
-    if value not in (None, [], {}):
-        raise ValueError("is not supported")
-
-
-Nothing = Annotated[None, BeforeValidator(_nothing)]
-
-
-def _up_or_down(rating: int) -> int:
-    if rating not in (1, -1):
-        raise ValueError("must be 1, -1 or null")
-    return rating
-
-
-def _stop_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else [] if value is None else value
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
-    name: Nothing = None
-    refusal: Nothing = None
-    tool_calls: Nothing = None
-    function_call: Nothing = None
-    audio: Nothing = None
-    annotations: Nothing = None
-
-
-class _StreamOptions(_Body):
-    include_usage: bool | None = None
-
-
-class _Chat(_Body):
-    model: str
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_LOGIT_BIASES),
-        ]
-        | None
-    ) = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_stop_list)] = []
-    user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
-
-
-class _Feedback(_Body):
-    response_id: str
-    rating: Annotated[int, AfterValidator(_up_or_down)] | None = None
-    intent: Annotated[str, Field(max_length=128)] | None = None
-    comment: Annotated[str, Field(max_length=MAX_COMMENT_CHARS)] | None = None
-
-
-def parse_chat(body: bytes, config: ServingConfig) -> ChatRequest:
-    """The checked request.
+def parse_chat(body: bytes, config: ServingConfig) -> AnswerRequest:
+    """A checked request for chat completions.
 
     Raises:
         RequestError: 400, naming the parameter.
     """
-    fields = parse_json(body)
-    for name, harmless in NEUTRAL.items():
-        value = fields.pop(name, None)
-        if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
-            raise RequestError(400, f"{name} is not supported by this service; leave it out", "unsupported_value", name)
-    chat = _checked(_Chat, fields)
-    return ChatRequest(
+    chat = _parsed(bodies.ChatCompletionBody, body)
+    choice = _tool_choice(chat, config.max_tools)
+    schema, description = _schema(chat.response_format)
+    offered = _as_json(chat.tools) if choice.kind != "none" else ()
+    messages = turns(chat.messages, config.max_messages, description)
+    return AnswerRequest(
+        endpoint="chat",
         model=chat.model,
-        messages=_messages(chat.messages, config.max_messages),
-        sampling=Sampling(
+        prompts=(messages,),
+        messages=messages,
+        question=question(chat.messages),
+        sampling=_sampling(
+            chat,
+            config,
             max_tokens=_max_tokens(chat),
-            temperature=config.default_temperature if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
-            seed=chat.seed,
-            stop=tuple(chat.stop),
-            frequency_penalty=chat.frequency_penalty or 0.0,
-            presence_penalty=chat.presence_penalty or 0.0,
-            logit_bias=tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items()),
             top_logprobs=_top_logprobs(chat),
+            grammar=grammar(schema, choice),
         ),
+        n=_n(chat.n, config),
         stream=bool(chat.stream),
         include_usage=_include_usage(chat),
         user=chat.user,
         metadata=chat.metadata or {},
+        tools=offered,
+        tool_choice=choice.kind,
+        is_json=schema is not None,
     )
+
+
+def parse_completion(body: bytes, config: ServingConfig) -> AnswerRequest:
+    """A checked request for plain completions.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    completion = _parsed(bodies.CompletionBody, body)
+    prompts, n = _prompts(completion.prompt, "prompt", config), _n(completion.n, config)
+    if completion.best_of not in (None, n):
+        raise RequestError(
+            400, f"best_of={completion.best_of} is supported only where it is n={n}", "unsupported_value", "best_of"
+        )
+    if completion.echo and completion.logprobs is not None:
+        raise RequestError(
+            400, "echo=true with logprobs is not supported: leave one of them out", "unsupported_value", "echo"
+        )
+    return AnswerRequest(
+        endpoint="completions",
+        model=completion.model,
+        prompts=prompts,
+        messages=tuple({"role": "user", "content": prompt} for prompt in prompts if isinstance(prompt, str)),
+        question="",
+        sampling=_sampling(
+            completion,
+            config,
+            max_tokens=completion.max_tokens or COMPLETION_MAX_TOKENS,
+            top_logprobs=completion.logprobs,
+        ),
+        n=n,
+        stream=bool(completion.stream),
+        include_usage=_include_usage(completion),
+        user=completion.user,
+        echo=bool(completion.echo),
+    )
+
+
+def parse_embedding(body: bytes, config: ServingConfig) -> tuple[TextRequest, bodies.EmbeddingBody]:
+    """A checked request for embeddings.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    embedding = _parsed(bodies.EmbeddingBody, body)
+    return TextRequest(embedding.model, _prompts(embedding.input, "input", config)), embedding
+
+
+def parse_tokenize(body: bytes, config: ServingConfig) -> TextRequest:
+    """A checked request for the tokens of a text or a conversation.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    asked = _parsed(bodies.TokenizeBody, body)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise RequestError(400, "give either prompt or messages", "invalid_value", "prompt")
+    if asked.messages is None:
+        if asked.tools:
+            raise RequestError(400, "tools need messages", "invalid_value", "tools")
+        return TextRequest(asked.model, (asked.prompt or "",))
+    _functions(asked.tools or [], config.max_tools)
+    return TextRequest(asked.model, (turns(asked.messages, config.max_messages),), _as_json(asked.tools))
+
+
+def parse_detokenize(body: bytes) -> TextRequest:
+    """A checked request for the text of tokens.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    asked = _parsed(bodies.DetokenizeBody, body)
+    return TextRequest(asked.model, (tuple(asked.tokens),))
 
 
 def parse_feedback(body: bytes) -> FeedbackRequest:
@@ -168,7 +156,7 @@ def parse_feedback(body: bytes) -> FeedbackRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    feedback = _checked(_Feedback, parse_json(body))
+    feedback = _parsed(bodies.FeedbackBody, body)
     return FeedbackRequest(feedback.response_id, feedback.rating, feedback.intent, feedback.comment)
 
 
@@ -205,30 +193,28 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _messages(messages: list[_Message], most: int) -> tuple[Message, ...]:
-    if len(messages) > most:
-        raise RequestError(
-            400, f"{len(messages)} messages are too many: at most {most} are taken", "too_many_messages", "messages"
-        )
-    for place, message in enumerate(messages):
-        if message.role in ("system", "developer") and place > 0:
-            raise RequestError(
-                400, "a system message must be the first message", "invalid_value", f"messages[{place}].role"
-            )
-    if messages[-1].role == "assistant":
-        raise RequestError(
-            400,
-            "the last message is the assistant's own: going on with a begun reply is not supported",
-            "invalid_value",
-            f"messages[{len(messages) - 1}].role",
-        )
-    return tuple(
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in messages
+def _sampling(
+    body: bodies.SamplingBody,
+    config: ServingConfig,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+    grammar: str = "",
+) -> Sampling:
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=config.default_temperature if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=tuple(body.stop),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items()),
+        grammar=grammar,
+        top_logprobs=top_logprobs,
     )
 
 
-def _max_tokens(chat: _Chat) -> int | None:
+def _max_tokens(chat: bodies.ChatCompletionBody) -> int | None:
     old, new = chat.max_tokens, chat.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise RequestError(
@@ -237,7 +223,7 @@ def _max_tokens(chat: _Chat) -> int | None:
     return old if new is None else new
 
 
-def _top_logprobs(chat: _Chat) -> int | None:
+def _top_logprobs(chat: bodies.ChatCompletionBody) -> int | None:
     if chat.top_logprobs and not chat.logprobs:
         raise RequestError(
             400, f"top_logprobs={chat.top_logprobs} needs logprobs=true", "invalid_value", "top_logprobs"
@@ -245,18 +231,110 @@ def _top_logprobs(chat: _Chat) -> int | None:
     return chat.top_logprobs or 0 if chat.logprobs else None
 
 
-def _include_usage(chat: _Chat) -> bool:
-    if chat.stream_options is None:
+def _include_usage(body: bodies.SamplingBody) -> bool:
+    if body.stream_options is None:
         return False
-    if not chat.stream:
+    if not body.stream:
         raise RequestError(400, "stream_options needs stream=true", "invalid_value", "stream_options")
-    return bool(chat.stream_options.include_usage)
+    return bool(body.stream_options.include_usage)
 
 
-BodyType = TypeVar("BodyType", bound=_Body)
+def _n(n: int | None, config: ServingConfig) -> int:
+    if n is not None and n > config.max_choices:
+        raise RequestError(400, f"n={n} is too many: at most {config.max_choices} are given", "invalid_value", "n")
+    return n or 1
 
 
-def _checked(kind: type[BodyType], fields: dict[str, Any]) -> BodyType:
+def _prompts(given: str | Sequence[Any], field: str, config: ServingConfig) -> tuple[Prompt, ...]:
+    """One prompt for each text or token list."""
+    if isinstance(given, str):
+        return (given,)
+    if not given:
+        raise RequestError(400, f"{field} is empty", "invalid_value", field)
+    if isinstance(given[0], int):
+        return (tuple(given),)
+    if len(given) > config.max_prompts:
+        raise RequestError(
+            400, f"{field} has {len(given)} texts: at most {config.max_prompts} are taken", "invalid_value", field
+        )
+    return tuple(one if isinstance(one, str) else tuple(one) for one in given)
+
+
+def _schema(asked: bodies.ResponseFormat | None) -> tuple[dict[str, Any] | None, str]:
+    """What the answer must validate against, if anything, and how the request describes it."""
+    if asked is None or asked.type == "text":
+        if asked and asked.json_schema:
+            raise RequestError(
+                400, "json_schema needs type=json_schema", "invalid_value", "response_format.json_schema"
+            )
+        return None, ""
+    if asked.type == "json_object":
+        if asked.json_schema:
+            raise RequestError(
+                400, "json_schema needs type=json_schema", "invalid_value", "response_format.json_schema"
+            )
+        return ANY_OBJECT, ""
+    if asked.json_schema is None:
+        raise RequestError(
+            400, "response_format.json_schema is missing", "missing_required_parameter", "response_format.json_schema"
+        )
+    return asked.json_schema.schema_ or ANY_OBJECT, asked.json_schema.description or ""
+
+
+def _tool_choice(chat: bodies.ChatCompletionBody, most: int) -> ToolChoice:
+    functions = _functions(chat.tools or [], most)
+    asked = chat.tool_choice
+    if not functions:
+        if asked not in (None, "none", "auto"):
+            raise RequestError(400, "tool_choice needs tools", "invalid_value", "tool_choice")
+        if chat.parallel_tool_calls is not None:
+            raise RequestError(400, "parallel_tool_calls needs tools", "invalid_value", "parallel_tool_calls")
+        return ToolChoice()
+    parallel = chat.parallel_tool_calls is not False
+    if not isinstance(asked, bodies.NamedTool):
+        return ToolChoice(asked or "auto", functions, parallel) if asked != "none" else ToolChoice()
+    chosen = tuple(function for function in functions if function.name == asked.function.name)
+    if not chosen:
+        names = ", ".join(function.name for function in functions)
+        what = f"tool_choice names {asked.function.name}, the tools are {names}"
+        raise RequestError(400, what, "invalid_value", "tool_choice")
+    return ToolChoice("named", chosen, parallel)
+
+
+def _functions(given: Sequence[bodies.Tool], most: int) -> tuple[Function, ...]:
+    if len(given) > most:
+        raise RequestError(400, f"{len(given)} tools are too many: at most {most} are taken", "invalid_value", "tools")
+    names = [tool.function.name for tool in given]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            param = f"tools[{place}].function.name"
+            raise RequestError(400, f"{param}: there is another function {name}", "invalid_value", param)
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    return tuple(Function(tool.function.name, tool.function.parameters or nothing) for tool in given)
+
+
+def _as_json(given: Sequence[bodies.Tool] | None) -> tuple[str, ...]:
+    """The tools as the model reads them, without what is not said."""
+    return tuple(
+        tools.plain(
+            json.dumps(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}), ensure_ascii=False)
+        )
+        for tool in given or ()
+    )
+
+
+BodyType = TypeVar("BodyType", bound=bodies.Body)
+
+
+def _parsed(kind: type[BodyType], body: bytes) -> BodyType:
+    fields = parse_json(body)
+    for name, harmless in NEUTRAL.items():
+        if name not in kind.model_fields:
+            value = fields.pop(name, None)
+            if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
+                raise RequestError(
+                    400, f"{name} is not supported by this service; leave it out", "unsupported_value", name
+                )
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -267,7 +345,14 @@ def _refusal(problem: ErrorDetails) -> RequestError:
     """The first problem in OpenAI's terms, such as `messages[0].content` is missing."""
     param = ""
     for part in problem["loc"]:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part.isidentifier() or not param:
+            param += f".{part}" if param else part
+        elif param == "logit_bias":
+            param += f".{part}"
+        else:
+            break  # the rest tells apart the types that a field may have
     if problem["type"] == "extra_forbidden":
         return RequestError(400, f"{param} is not a known field", "unknown_parameter", param)
     if problem["type"] == "missing":

@@ -65,14 +65,18 @@ def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
     """Whether a person takes over and why, and what the customer then reads after the reply.
 
     The reasons, first match: `intent`, the customer asked for what only people do; `low_intent_confidence`, the
-    question is unclear; `low_reply_confidence`, the model is unsure of its words, and the customer is told.
+    question is unclear; `low_reply_confidence`, the model is unsure of its words, and the customer is told
+    where words may follow. A plain completion is nobody's conversation.
     """
+    if draft.endpoint != "chat":
+        return Conclusion("", None)
     if draft.intent and draft.intent.label in settings.intents:
         return Conclusion("", "intent")
     if draft.intent and draft.intent.confidence < settings.min_intent_confidence:
         return Conclusion("", "low_intent_confidence")
     if draft.status == "ok" and draft.confidence is not None and draft.confidence < settings.min_reply_confidence:
-        return Conclusion(f"\n\n{settings.message}" if draft.reply else settings.message, "low_reply_confidence")
+        told = f"\n\n{settings.message}" if draft.reply else settings.message
+        return Conclusion(told if draft.takes_text else "", "low_reply_confidence")
     return Conclusion("", None)
 
 
@@ -98,6 +102,9 @@ def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
         model_uri=draft.model_uri,
         reply_confidence=draft.confidence,
         metadata=draft.metadata,
+        endpoint=draft.endpoint,
+        other_replies=[reply + conclusion.added for reply in draft.other_replies],
+        tools=list(draft.tools),
     )
 
 

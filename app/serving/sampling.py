@@ -12,20 +12,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from app.serving.grammar import Grammar
 from app.serving.schema import Sampling, TokenLogprob
 
 
 class Draw:
-    """How one reply's tokens are drawn, and those that were."""
+    """How one reply's tokens are drawn, and those that were.
 
-    def __init__(self, sampling: Sampling, generator: random.Random | None = None) -> None:
-        self.sampling = sampling
-        self.random = generator or random.Random(sampling.seed)
+    Args:
+        choice: Number of the reply; with a seed, each choice draws other numbers and the first one those of the seed.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        grammar: Grammar | None = None,
+        choice: int = 0,
+        generator: random.Random | None = None,
+    ) -> None:
+        self.sampling, self.grammar = sampling, grammar
+        self.random = generator or random.Random(sampling.seed if sampling.seed is None else sampling.seed + choice)
         self._counts: Counter[int] = Counter()
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
 
     def add(self, token: int) -> None:
-        """Count a token of the reply."""
+        """Take a token of the reply."""
+        if self.grammar:
+            self.grammar.add(token)
         if self._penalised:
             self._counts[token] += 1
 
@@ -40,12 +53,14 @@ class Draw:
 
 
 def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
-    """The next token of each reply, and the probability the model gave it, whatever penalties and biases say.
+    """The next token of each reply, and the probability the model gave it among those that its grammar allows,
+    whatever penalties and biases say.
 
     Temperature 0 takes the most probable token. Otherwise one number is drawn from the reply's own generator,
     whatever else is in the batch, and looked up in the cumulated probabilities of the most probable tokens
     that together reach `top_p`.
     """
+    logits_BV = _held_to_grammars(logits_BV, draws)
     probabilities_BV = torch.softmax(logits_BV, dim=-1)
     logits_BV = _changed(logits_BV, draws)
     tokens_B = logits_BV.argmax(dim=-1)
@@ -66,6 +81,15 @@ def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
         tokens_B[rows] = order.gather(1, place).squeeze(1)
     chosen_B = probabilities_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
     return tokens_B.tolist(), chosen_B.tolist()
+
+
+def _held_to_grammars(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    allowed = {row: draw.grammar.allowed() for row, draw in enumerate(draws) if draw.grammar}
+    if allowed:
+        logits_BV = logits_BV.clone()
+    for row, allowed_V in allowed.items():
+        logits_BV[row].masked_fill_(~allowed_V.to(logits_BV.device), -torch.inf)
+    return logits_BV
 
 
 def _changed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

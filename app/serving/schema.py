@@ -20,25 +20,44 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens, and what is added to their logits."""
+    grammar: str = ""
+    """What a reply must look like, in llguidance's Lark; empty: anything. See grammar.py."""
     top_logprobs: int | None = None
     """For how many tokens at each place log-probabilities are told, beside the chosen one; none: for none at all."""
 
 
+Prompt = tuple[Message, ...] | tuple[int, ...] | str
+"""A conversation whose next turn is wanted; or tokens, or text, to go on from as they are."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Input handling to language model: write the next turn."""
+    """Input handling to language model: go on from each of the prompts."""
 
-    messages: tuple[Message, ...]
+    prompts: tuple[Prompt, ...]
     sampling: Sampling
     stream: bool
     """Whether to send text as it is written; else it comes as one delta."""
+    n: int = 1
+    """Replies to each prompt. Reply i to prompt p is choice p * n + i."""
+    tools: tuple[str, ...] = ()
+    """What the model may call, each as JSON in OpenAI's form; for conversations."""
+    echo: bool = False
+    """Whether a reply begins with its prompt's text."""
+
+    @property
+    def choices(self) -> int:
+        """Replies in all."""
+        return len(self.prompts) * self.n
 
 
 @dataclass(frozen=True)
 class Started:
-    """The request was accepted and its prompt has this many tokens."""
+    """The request was accepted and its prompts have this many tokens together."""
 
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Of these, what did not have to be read because an earlier request had the same beginning."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +79,22 @@ class Delta:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens that they are made of, if those are asked for."""
+    choice: int = 0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The reply is complete."""
+    """A reply is complete."""
 
     finish_reason: str
-    """stop or length"""
+    """stop or length; in an answer also tool_calls"""
     completion_tokens: int
     """Including the end token, as OpenAI counts."""
     confidence: float
     """Mean probability the model gave the tokens it chose, 0 to 1."""
     time_to_first_token_s: float
     """From acceptance by the language model to the first token."""
+    choice: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,26 @@ class Refused:
 
 
 Event = Started | Delta | Finished | Refused
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The vectors of some texts."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    """(texts, hidden size), each of length 1"""
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as the model reads it."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """Of each token; a part of a character is the replacement character."""
+    context_tokens: int
+    """Prompt and reply together take at most so many."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +151,26 @@ class Draft:
     model_uri: str
     messages: tuple[Message, ...]
     reply: str
+    """The first choice's."""
     intent: Intent | None
     status: Literal["ok", "cancelled", "error"]
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     confidence: float | None
+    """Of the reply that the model is least sure of."""
     time_to_first_token_s: float | None
     end_to_end_s: float
     stream: bool
     user_hash: str | None
     metadata: dict[str, str] = field(default_factory=dict)
+    endpoint: Literal["chat", "completions"] = "chat"
+    other_replies: tuple[str, ...] = ()
+    """Of the other choices."""
+    tools: tuple[str, ...] = ()
+    """Names of what the model might call."""
+    takes_text: bool = True
+    """Whether words may follow the reply; not so where it is JSON or a call."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +194,42 @@ class FeedbackRequest:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A checked chat completion request."""
+class AnswerRequest:
+    """A checked request for replies."""
 
+    endpoint: Literal["chat", "completions"]
     model: str
+    prompts: tuple[Prompt, ...]
     messages: tuple[Message, ...]
+    """The conversation as it is logged."""
+    question: str
+    """What the customer wrote last."""
     sampling: Sampling
+    n: int
     stream: bool
     include_usage: bool
     user: str | None
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
+    """What the model may call, each as JSON in OpenAI's form."""
+    tool_choice: Literal["none", "auto", "required", "named"] = "none"
+    is_json: bool = False
+    """Whether the replies are JSON."""
+    echo: bool = False
+
+    @property
+    def generation(self) -> GenerationRequest:
+        """What the language model is asked."""
+        return GenerationRequest(self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo)
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A checked request for embeddings, tokens or the text of tokens."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

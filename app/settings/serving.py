@@ -77,6 +77,12 @@ class ServingConfig(Section):
     """A larger request body is refused."""
     max_messages: Count = 100
     """More messages in a request are refused."""
+    max_tools: Count = 128
+    """More tools in a request are refused."""
+    max_choices: Annotated[int, Field(ge=1, le=128)] = 8
+    """Replies to one prompt at most: `n`."""
+    max_prompts: Annotated[int, Field(ge=1, le=2_048)] = 64
+    """Prompts of one completion request, and texts of one embedding request, at most."""
     handover: HandoverConfig = HandoverConfig()
     """When a person takes over."""
     deploy_timeout_s: Positive = 180.0

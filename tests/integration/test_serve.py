@@ -250,8 +250,8 @@ def test_every_refusal_has_openais_shape(
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"n": 2}, "unsupported_value", "n"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_value", "tools"),
+        ({"n": 9}, "invalid_value", "n"),
+        ({"reasoning_effort": "low"}, "unsupported_value", "reasoning_effort"),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"max_tokens": CONTEXT_TOKENS}, "context_length_exceeded", "max_tokens"),
         ({"messages": asked("word " * 2_000)}, "context_length_exceeded", "messages"),

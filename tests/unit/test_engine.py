@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, 
 from app import model as models
 from app.conversation import prompt_ids
 from app.errors import ModelError
-from app.serving.engine import Engine, EngineFull
+from app.serving.engine import Engine
+from app.serving.engines import EngineFull
 from app.serving.sampling import Draw, choose
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling
 from tests import answering_model
 from tests.answering_model import ANSWERS, ENDLESS, UNSURE
+from tests.engine_replies import submit
 
 GREEDY = Sampling(max_tokens=None, temperature=0.0, top_p=1.0, seed=None, stop=())
 
@@ -60,7 +63,7 @@ class Asking:
 
     def ask(self, question: str, sampling: Sampling = GREEDY, max_tokens: int = 100) -> Client:
         client = Client()
-        self.engine.submit(self.prompt(question), sampling, max_tokens, client)
+        submit(self.engine, self.tokenizer, self.prompt(question), sampling, max_tokens, client)
         return client
 
     def generated(self, question: str, max_tokens: int) -> str:
@@ -153,9 +156,9 @@ def test_confidence_is_the_mean_probability_of_the_tokens_in_a_plain_forward_pas
 
 def test_a_cancelled_reply_frees_its_slot_and_delivers_nothing_more(asking: Asking) -> None:
     client = Client()
-    request = asking.engine.submit(asking.prompt(ENDLESS), GREEDY, 480, client)
+    reply = submit(asking.engine, asking.tokenizer, asking.prompt(ENDLESS), GREEDY, 480, client)
     assert client.begun.wait(30)
-    asking.engine.cancel(request)
+    asking.engine.cancel([reply])
     wait_until_idle(asking.engine)
     delivered = len(client.events)
     assert not client.done.is_set()
@@ -183,7 +186,7 @@ def test_an_engine_that_breaks_tells_its_clients_and_its_health_check(float_fold
     client = asking.ask(ENDLESS, max_tokens=400)
     assert client.begun.wait(30)
     broken = Client()
-    asking.engine.submit([10**9], GREEDY, 5, broken)  # no such token: the embedding raises
+    submit(asking.engine, asking.tokenizer, [10**9], GREEDY, 5, broken)  # no such token: the embedding raises
     for each in (client, broken):
         assert each.done.wait(30)
         assert isinstance(each.events[-1], Refused)
@@ -221,11 +224,11 @@ def test_a_model_without_a_key_value_cache_is_refused_when_it_is_loaded(float_fo
         Engine(net.eval(), tokenizer, 2, 64, 2)
 
 
-def replies(net: PreTrainedModel, tokenizer: object, prompts: Sequence[list[int]]) -> list[list[int]]:
+def replies(net: PreTrainedModel, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
     engine = Engine(net, tokenizer, 2, 64, 4)
     clients, requests = [Client() for _ in prompts], []
     for prompt, client in zip(prompts, clients, strict=True):
-        requests.append(engine.submit(prompt, GREEDY, 20, client))
+        requests.append(submit(engine, tokenizer, prompt, GREEDY, 20, client))
     assert all(client.done.wait(30) for client in clients)
     engine.stop()
     return [request.tokens for request in requests]
@@ -271,7 +274,7 @@ def test_a_number_picks_the_token_in_whose_share_of_the_kept_probability_it_fall
     top_p: float, drawn: float, token: int
 ) -> None:
     logits = torch.log(torch.tensor([[0.3, 0.2, 0.5]]))
-    tokens, probabilities = choose(logits, [Draw(Sampling(None, 1.0, top_p, None, ()), Fixed(drawn))])
+    tokens, probabilities = choose(logits, [Draw(Sampling(None, 1.0, top_p, None, ()), generator=Fixed(drawn))])
     assert tokens == [token]
     assert probabilities == pytest.approx([[0.3, 0.2, 0.5][token]])
 
@@ -283,11 +286,11 @@ def test_sampled_tokens_follow_the_temperature() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     counts = [0, 0, 0]
     for _ in range(4000):
-        counts[choose(logits, [Draw(Sampling(None, 2.0, 1.0, None, ()), draw)])[0][0]] += 1
+        counts[choose(logits, [Draw(Sampling(None, 2.0, 1.0, None, ()), generator=draw)])[0][0]] += 1
     expected = torch.softmax(logits[0] / 2, -1).tolist()
     assert [count / 4000 for count in counts] == pytest.approx(expected, abs=0.03)
 
 
 def test_a_vanishing_temperature_takes_the_most_probable_token() -> None:
     logits = torch.tensor([[0.0, 1000.0, 999.0]])
-    assert choose(logits, [Draw(Sampling(None, 1e-30, 1.0, 0, ()), Fixed(0.999))])[0] == [1]
+    assert choose(logits, [Draw(Sampling(None, 1e-30, 1.0, 0, ()), generator=Fixed(0.999))])[0] == [1]

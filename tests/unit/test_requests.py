@@ -7,21 +7,21 @@ from hypothesis import strategies as st
 
 from app.errors import RequestError
 from app.serving.requests import NEUTRAL, parse_chat, parse_feedback, parse_json
-from app.serving.schema import ChatRequest, FeedbackRequest
+from app.serving.schema import AnswerRequest, FeedbackRequest
 from app.settings.serving import ServingConfig
 
 CONFIG = ServingConfig(max_messages=3, default_temperature=0.25)
 HELLO = {"role": "user", "content": "hello"}
 NOT_NEUTRAL: dict[str, Any] = {
-    "n": 2, "response_format": {"type": "json_object"}, "tools": [{"type": "function"}],
-    "tool_choice": "auto", "parallel_tool_calls": True, "functions": [{}], "function_call": "auto",
+    "functions": [{}], "function_call": "auto",
     "modalities": ["audio"], "audio": {}, "prediction": {}, "reasoning_effort": "low", "verbosity": "low",
     "service_tier": "auto", "store": True, "web_search_options": {}, "prompt_cache_key": "x",
     "safety_identifier": "x",
+    "prompt_cache_options": {}, "prompt_cache_retention": "24h", "moderation": {}, "suffix": "end",
 }  # fmt: skip
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> AnswerRequest:
     return parse_chat(json.dumps({"model": "support", "messages": [HELLO], **fields}).encode(), CONFIG)
 
 
@@ -109,7 +109,7 @@ def test_an_unsupported_field_is_refused_by_name_unless_it_asks_for_nothing(name
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}, "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{**HELLO, "name": "bob"}]}, "messages[0].name"),
         ({"messages": [{**HELLO, "colour": "red"}]}, "messages[0].colour"),
         ({"messages": [HELLO, {"role": "system", "content": "x"}]}, "messages[1].role"),

@@ -18,6 +18,7 @@ from app.serving.sampling import Draw, TokenTexts, choose
 from app.serving.schema import Delta, Event, Finished, Sampling, TokenLogprob
 from tests import answering_model
 from tests.answering_model import ANSWERS, ENDLESS
+from tests.engine_replies import submit
 
 VOCABULARY = 9
 PENALTIES = st.floats(-2, 2).map(lambda value: round(value, 3))
@@ -61,7 +62,7 @@ class Asking:
     def ask(self, question: str, max_tokens: int = 60, **sampling: Any) -> tuple[str, list[TokenLogprob], Finished]:
         events: queue.Queue[Event] = queue.Queue()
         settings = Sampling(**{"max_tokens": None, "temperature": 0.0, "top_p": 1.0, "seed": 1, "stop": (), **sampling})
-        self.engine.submit(self.prompt(question), settings, max_tokens, events.put)
+        submit(self.engine, self.tokenizer, self.prompt(question), settings, max_tokens, events.put)
         text, logprobs = "", list[TokenLogprob]()
         while not isinstance(event := events.get(timeout=60), Finished):
             assert isinstance(event, Delta)

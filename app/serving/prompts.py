@@ -1,0 +1,105 @@
+"""Prompts as tokens, tokens as text: what the language model does before and after its engine."""
+
+import json
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from app.conversation import Message, normalised, prompt_ids
+from app.serving import tools as tool_format
+from app.serving.reply import Reply
+from app.serving.schema import Event, GenerationRequest, Prompt, Refused
+
+
+class Prompts:
+    """One model's.
+
+    Args:
+        vocabulary: Tokens that the model knows.
+        context_tokens: Prompt and reply together.
+        default_max_tokens: Length of a reply where the request names none.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, context_tokens: int, default_max_tokens: int
+    ) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self.context_tokens, self._default_max_tokens = context_tokens, default_max_tokens
+        template = str(tokenizer.chat_template)
+        self._shows_tools = tool_format.OPEN in template and "tools" in template
+
+    def token_ids(self, prompt: Prompt, tools: Sequence[str] = ()) -> list[int]:
+        """A prompt's tokens. What looks like a special token in a text is text."""
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+            return ids
+        messages: list[Message] = []
+        tokens: list[int] = []
+        for part in prompt:
+            if isinstance(part, int):
+                tokens.append(part)
+            else:
+                # Training reads normalised text, so the model is given what it learned from.
+                messages.append({"role": part["role"], "content": normalised(part["content"])})
+        if not messages:
+            return tokens
+        if tools and not self._shows_tools:
+            return prompt_ids(self._tokenizer, tool_format.shown(messages, tools))
+        return prompt_ids(self._tokenizer, messages, [json.loads(tool) for tool in tools])
+
+    def accepted(self, request: GenerationRequest) -> list[list[int]] | Refused:
+        """The prompts' tokens, if a reply fits into the context behind each of them."""
+        for token, _ in request.sampling.logit_bias:
+            if token >= self._vocabulary:
+                what = f"logit_bias names token {token}, the model has {self._vocabulary}"
+                return Refused(400, what, "invalid_value", "logit_bias")
+        accepted = []
+        for prompt in request.prompts:
+            ids = self.token_ids(prompt, request.tools)
+            if refusal := self._refusal(ids, request.sampling.max_tokens, field_of(prompt)):
+                return refusal
+            accepted.append(ids)
+        return accepted
+
+    def replies(
+        self, request: GenerationRequest, prompts: Sequence[Sequence[int]], deliver: Callable[[Event], None]
+    ) -> list[Reply]:
+        """What is to be written, one a choice."""
+        replies = []
+        for choice in range(request.choices):
+            prompt = prompts[choice // request.n]
+            room = self.context_tokens - len(prompt)
+            max_tokens = request.sampling.max_tokens or min(self._default_max_tokens, room)
+            replies.append(Reply(prompt, request.sampling, max_tokens, deliver, self.text, choice))
+        return replies
+
+    def text(self, ids: Sequence[int], special: bool = False) -> str:
+        """Tokens as text, special ones left out or as they are written."""
+        text: str = self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=not special)
+        return text
+
+    def check(self, ids: Sequence[int], field: str) -> Refused | None:
+        """Why tokens that a request names, or that its text has, cannot be read."""
+        return self._refusal(ids, None, field)
+
+    def _refusal(self, ids: Sequence[int], wanted: int | None, field: str) -> Refused | None:
+        if not ids:
+            return Refused(400, f"{field} has no tokens", "invalid_value", field)
+        if max(ids) >= self._vocabulary:
+            what = f"{field} names token {max(ids)}, the model has {self._vocabulary}"
+            return Refused(400, what, "invalid_value", field)
+        if len(ids) + (wanted or 1) <= self.context_tokens:
+            return None
+        reply = f" and {wanted} of the reply" if wanted else ""
+        return Refused(
+            400,
+            f"the context holds {self.context_tokens} tokens, but {field} takes {len(ids)}{reply}: "
+            f"shorten {field} or ask for fewer tokens",
+            "context_length_exceeded",
+            "max_tokens" if wanted and len(ids) < self.context_tokens else field,
+        )
+
+
+def field_of(prompt: Prompt) -> str:
+    """The field of the request that it came from."""
+    return "messages" if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], dict) else "prompt"

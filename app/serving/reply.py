@@ -1,0 +1,101 @@
+"""One reply in the making: an engine puts tokens in, deltas and the end come out. The same for every engine."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from app.serving.reply_text import ReplyText
+from app.serving.sampling import Draw
+from app.serving.schema import Delta, Event, Finished, Refused, Sampling, TokenLogprob
+
+
+@dataclass(eq=False)
+class Reply:
+    """What is written after a prompt of at least one token.
+
+    `deliver` gets Deltas and then one Finished or Refused, in the engine's thread; nothing once it is cancelled.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    max_tokens: int
+    deliver: Callable[[Event], None]
+    decode: Callable[[Sequence[int]], str]
+    choice: int = 0
+    """Its number among the answer's replies."""
+    draw: Draw | None = None
+    """How its tokens are chosen, where our own engine does that."""
+    submitted_s: float = field(default_factory=time.monotonic)
+    first_token_s: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    _probability: float = 0.0
+    """Sum over the tokens."""
+    _logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+    """Of tokens whose text is not delivered yet, and where in the reply it begins; bytes."""
+    _text_bytes: int = 0
+    """Of all tokens so far."""
+    _delivered_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._text = ReplyText(self.decode, self.sampling.stop)
+
+    @property
+    def length(self) -> int:
+        """Positions that are in the cache once the last token has been read."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Whether `add` wants to know what the model thought of each token."""
+        return self.sampling.top_logprobs is not None
+
+    def add(self, token: int, probability: float, is_end: bool, logprob: TokenLogprob | None = None) -> bool:
+        """Take the next token and deliver what it adds; returns whether the reply is complete.
+
+        Args:
+            probability: That the model gave it.
+            is_end: Whether it is one that ends a turn.
+            logprob: What the model thought of it, where `tells_logprobs`; that of an end is not told.
+        """
+        if not self.tokens:
+            self.first_token_s = time.monotonic()
+        self.tokens.append(token)
+        self._probability += probability
+        if logprob and not is_end:
+            self._logprobs.append((self._text_bytes, logprob))
+            self._text_bytes += len(logprob.text)
+        text = "" if is_end else self._text.push(token)
+        complete = is_end or self._text.stopped or len(self.tokens) >= self.max_tokens
+        if complete:
+            text += self._text.finish()
+        if self.cancelled:
+            return True
+        self._deliver(text, complete)
+        if complete:
+            finish_reason = "stop" if is_end or self._text.stopped else "length"
+            self.deliver(
+                Finished(
+                    finish_reason=finish_reason,
+                    completion_tokens=len(self.tokens),
+                    confidence=self._probability / len(self.tokens),
+                    time_to_first_token_s=self.first_token_s - self.submitted_s,
+                    choice=self.choice,
+                )
+            )
+        return complete
+
+    def fail(self, why: Refused) -> None:
+        """End it without an end of its own."""
+        if not self.cancelled:
+            self.deliver(why)
+
+    def _deliver(self, text: str, complete: bool) -> None:
+        if self.tells_logprobs:
+            self._delivered_bytes += len(text.encode())
+        if text or (complete and self._logprobs):
+            # A stop string is not part of the reply, nor are its tokens.
+            cut = self._delivered_bytes if self._text.stopped else self._text_bytes
+            told = tuple(logprob for begin, logprob in self._logprobs if begin < cut or not logprob.text)
+            self._logprobs = []
+            self.deliver(Delta(text, told, self.choice))
