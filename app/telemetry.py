@@ -43,6 +43,10 @@ SLOTS_IN_USE = Metric("rayloop_slots_in_use", "gauge", "Sequences being generate
 HANDOVERS = Metric("rayloop_handovers_total", "counter", "Answers handed to a person.", ("reason",))
 FEEDBACK = Metric("rayloop_feedback_total", "counter", "Feedback received.", ("variant", "rating"))
 
+FUNCTION_MISSES = Metric(
+    "rayloop_function_misses_total", "counter", "Answers given without what a function would have said.", ("function",)
+)
+
 INGEST_RECORDS = Metric(
     "rayloop_ingest_records_total", "counter", "Records read and committed, by what became of them.", ("outcome",)
 )

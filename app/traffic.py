@@ -64,6 +64,8 @@ class Exchange:
     """The model's folder, whose lineage tells where it came from."""
     reply_confidence: float | None = None
     """Mean probability of the reply's tokens."""
+    sentiment: float | None = None
+    """How the customer feels, from -1 to 1, if that is known."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the caller attached to the request."""
     endpoint: Literal["chat", "completions"] = "chat"

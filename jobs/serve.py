@@ -9,7 +9,7 @@ from typing import Any
 from app.config import Config
 from app.errors import RayloopError, RegistryError
 from app.job import Job, Outcome
-from app.settings.serving import ServingConfig, VariantConfig
+from app.settings.serving import LIVE_DEPLOYMENTS, ServingConfig, VariantConfig
 from app.storage import Storage, resolve
 from app.versions import ModelVersion, as_json, digest
 
@@ -48,12 +48,15 @@ def _variant(version: ModelVersion, champion: bool) -> VariantConfig:
 
 def application(config: Config, inputs: dict[str, Any], code_uri: str) -> dict[str, Any]:
     """The application as Serve's configuration has it."""
+    settings = serving(config, inputs)
     return {
         "name": config.serving.application,
         "route_prefix": "/",
         "import_path": "app.serving.application:build_app",
         "runtime_env": {"working_dir": code_uri},
-        "args": serving(config, inputs).model_dump(mode="json"),
+        "args": settings.at_start().model_dump(mode="json"),
+        # What may change without new replicas.
+        "deployments": [{"name": name, "user_config": settings.live()} for name in LIVE_DEPLOYMENTS],
     }
 
 
@@ -115,7 +118,7 @@ def still_there(config: Config, outputs: dict[str, Any]) -> bool:
 
 
 def _fingerprint(application: dict[str, Any]) -> str:
-    return digest([application[part] for part in ("import_path", "runtime_env", "args")])
+    return digest([application[part] for part in ("import_path", "runtime_env", "args", "deployments")])
 
 
 JOB = Job(

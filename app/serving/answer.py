@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray.exceptions import RayError
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.errors import RequestError
 from app.serving import openai_format
-from app.serving.schema import AnswerRequest, Conclusion, Delta, Draft, Event, Finished, Intent, Refused, Started
+from app.serving.schema import AnswerRequest, Conclusion, Delta, Draft, Event, Finished, Insight, Refused, Started
 from app.serving.tools import CallReader, Piece
 from app.settings.serving import VariantConfig
 from app.telemetry import (
@@ -75,13 +75,16 @@ class Answer:
     """time.monotonic() when the request came in"""
     request: AnswerRequest
     variant: VariantConfig
-    intent: Intent | None
+    insight: "asyncio.Task[Insight] | None"
+    """What the small functions find out about the question."""
     user_hash: str | None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     first_token_s: float | None = None
     settled: bool = False
     """Whether it has been handed to response management."""
+    known: Insight = field(default_factory=Insight)
+    """What they found out in time."""
 
     def __post_init__(self) -> None:
         self.replies = [Writing(self.request) for _ in range(self.request.generation.choices)]
@@ -137,7 +140,7 @@ class Answer:
             model_uri=self.variant.uri,
             messages=self.request.messages,
             reply=first.reply,
-            intent=self.intent,
+            insight=self.known,
             status=status,
             finish_reason=first.choice.finish_reason or status,
             prompt_tokens=self.prompt_tokens,
@@ -183,7 +186,7 @@ class Answering:
         for reply in answer.replies:
             reply.choice.text += conclusion.added
         choices = [reply.choice for reply in answer.replies]
-        ours = answer.frame.ours(conclusion, answer.intent)
+        ours = answer.frame.ours(conclusion, answer.known)
         return JSONResponse(answer.frame.whole(choices, answer.usage, ours), headers=headers)
 
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
@@ -218,7 +221,7 @@ class Answering:
                     for chunk in frame.chunks(event.choice, pieces, logprobs):
                         yield openai_format.event(chunk)
             conclusion = await self._conclude(answer)
-            ours = frame.ours(conclusion, answer.intent)
+            ours = frame.ours(conclusion, answer.known)
             for index, reply in enumerate(answer.replies):
                 for chunk in frame.chunks(index, [conclusion.added] if conclusion.added else [], ()):
                     yield openai_format.event(chunk)
@@ -236,6 +239,8 @@ class Answering:
 
     async def _conclude(self, answer: Answer) -> Conclusion:
         """Have the answer settled and logged. A client that leaves meanwhile does not stop that."""
+        if answer.insight:
+            answer.known = await answer.insight
         answer.settled = True
         settling = self._in_background(self._settle(answer.draft("ok")))
         conclusion: Conclusion | Refused = await asyncio.shield(settling)
@@ -250,6 +255,8 @@ class Answering:
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:
+        if answer.insight:
+            answer.insight.cancel()
         if not answer.settled:
             answer.settled = True
             self._in_background(self._settle(answer.draft(status)))

@@ -1,14 +1,19 @@
 """The served application: who calls whom, and how many of each.
 
     client -> InputHandling -> LanguageModel (one deployment a variant)
+                            -> Intent, Sentiment (small functions, beside the reply)
                             -> ResponseManagement
 
 Deployed by jobs/serve.py from the configuration; `import_path: app.serving.application:build_app`.
 """
 
+from typing import Any
+
 from ray import serve
 
 from app.errors import ConfigError
+from app.serving.autoscaling import autoscaling
+from app.serving.functions import IntentFunction, SentimentFunction
 from app.serving.input import InputHandling
 from app.serving.language_model import LanguageModel
 from app.serving.response import ResponseManagement
@@ -27,23 +32,35 @@ def build_app(args: ServingConfig) -> serve.Application:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
     models = {
-        variant.name: _deployment(LanguageModel, f"LanguageModel-{variant.name}", args.language_model).bind(
+        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{variant.name}", args.language_model).bind(
             args, variant
         )
         for variant in args.variants
     }
-    response = _deployment(ResponseManagement, "ResponseManagement", args.response).bind(args)
-    return _deployment(InputHandling, "InputHandling", args.input).bind(args, models, response)
+    functions = {
+        "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
+        "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),
+    }
+    response = _deployment(args, ResponseManagement, "ResponseManagement", args.response).bind(args)
+    return _deployment(args, InputHandling, "InputHandling", args.input).bind(args, models, functions, response)
 
 
-def _deployment(kind: type, name: str, size: ReplicasConfig) -> serve.Deployment:
+def _deployment(config: ServingConfig, kind: type, name: str, size: ReplicasConfig) -> serve.Deployment:
+    resources: dict[str, Any] = {"num_cpus": size.cpus, **({"num_gpus": size.gpus} if size.gpus else {})}
+    number: dict[str, Any] = (
+        {"num_replicas": size.most} if size.least == size.most else {"autoscaling_config": autoscaling(size)}
+    )
     deployment: serve.Deployment = serve.deployment(
         name=name,
-        num_replicas=size.replicas,
         max_ongoing_requests=size.max_ongoing_requests,
-        ray_actor_options={"num_cpus": size.cpus},
+        max_queued_requests=size.max_queued_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        ray_actor_options=resources,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        # New replicas take over once they are healthy: a version that does not start displaces nothing.
+        max_surge_percent=100,
+        **number,
     )(kind)
     return deployment

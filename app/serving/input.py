@@ -1,11 +1,11 @@
-"""The input handling deployment, the application's ingress: validation, intent, and OpenAI's HTTP interface.
+"""The input handling deployment, the application's ingress: validation, and OpenAI's HTTP interface.
 
     POST /v1/chat/completions   POST /v1/completions   POST /v1/embeddings   POST /tokenize   POST /detokenize
     GET /v1/models   GET /v1/models/{id}   POST /v1/feedback   GET /v1/why/{response_id}   GET /openapi.json
     GET /health (this replica lives)   GET /ready (every variant's model is loaded)   GET / (the chat page)
 
-An answer's way: this deployment checks the question and finds its intent, a language model writes the reply, and
-response management settles and logs it; only then does the client read the end of it.
+An answer's way: this deployment checks the question, a language model writes the reply while small functions look at
+the question, and response management settles and logs it; only then does the client read the end of it.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from app.errors import RequestError
 from app.serving.access import Access
 from app.serving.answer import Answer, Answering
+from app.serving.functions import Functions
 from app.serving.gate import Gate, error_response
 from app.serving.models import Models
 from app.serving.openai_format import embeddings
@@ -67,6 +68,7 @@ class InputHandling:
         self,
         config: ServingConfig,
         language_models: Mapping[str, "DeploymentHandle[Any]"],
+        functions: Mapping[str, "DeploymentHandle[Any]"],
         response: "DeploymentHandle[Any]",
     ) -> None:
         set_up_logging(deployment="input")
@@ -75,8 +77,14 @@ class InputHandling:
         self._models = Models(config.variants)
         self._language_models, self._response = language_models, response
         self._answering = Answering(response)
+        self._functions = Functions(functions, config.functions.deadline_s)
         page = resources.files("app.serving") / "page"
         self._page = {path: (page / name).read_bytes() for path, (name, _) in PAGE.items()}
+
+    def reconfigure(self, live: dict[str, Any]) -> None:
+        """Called by Serve at the start, and when settings change that need no new replica."""
+        self._config = self._config.with_live(live)
+        self._models.take(self._config.variants)
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once the replica is made."""
@@ -156,7 +164,7 @@ class InputHandling:
             begun_s=begun_s,
             request=asked,
             variant=variant,
-            intent=self._models.intent(variant, asked.question) if asked.endpoint == "chat" else None,
+            insight=self._functions.ask(asked.question, variant.name) if asked.endpoint == "chat" else None,
             user_hash=user_hash,
         )
         return await self._answering.answer(answer, self._language_models[variant.name])
@@ -201,7 +209,7 @@ class InputHandling:
 
     async def openapi(self) -> Response:
         """What this service takes and gives."""
-        return JSONResponse(document())
+        return JSONResponse(document(self._models.names))
 
     async def feedback(self, request: Request) -> Response:
         """Take a judgement of an answer; acknowledged when it is on disk."""

@@ -6,8 +6,11 @@ the other deployments start without them.
 
 import asyncio
 import sys
+import time
+from collections import deque
 from collections.abc import AsyncIterator
 
+from app.serving.autoscaling import LATENCY, LOOK_BACK_S
 from app.serving.engines import Engine, EngineFull
 from app.serving.output_format import GrammarFailed
 from app.serving.schema import (
@@ -60,6 +63,8 @@ class LanguageModel:
         vocabulary = model.config.get_text_config().vocab_size
         self._prompts = Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
         self._slots_in_use = gauge(SLOTS_IN_USE)
+        self._waits: deque[tuple[float, float]] = deque(maxlen=256)
+        """When a reply was complete, and its time to first token."""
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Yield Started, Deltas, and a Finished a choice; or one Refused."""
@@ -92,6 +97,8 @@ class LanguageModel:
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
             async for event in _merged(events, request.stream, request.choices):
+                if isinstance(event, Finished):
+                    self._waits.append((time.monotonic(), event.time_to_first_token_s))
                 yield event
         finally:
             self._engine.cancel(replies)
@@ -127,6 +134,11 @@ class LanguageModel:
             slots_in_use=self._engine.slots_in_use,
             code=str(APP),
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: mean time to first token of the replies that were completed lately."""
+        recent = [wait_s for when_s, wait_s in self._waits if when_s > time.monotonic() - LOOK_BACK_S]
+        return {LATENCY: sum(recent) / len(recent) if recent else 0.0}
 
     def check_health(self) -> None:
         """Serve calls this every ten seconds; raising makes it start another replica."""

@@ -1,6 +1,5 @@
-"""The variants that are served: the names they answer to, who gets which, and their intent models."""
+"""The variants that are served: the names they answer to, and who gets which."""
 
-import logging
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -8,24 +7,21 @@ from hashlib import sha256
 from typing import Any
 
 from app import lineage
-from app.conversation import normalised
 from app.errors import ModelError, RequestError, StorageError
-from app.intent import IntentModel
 from app.serving.openai_format import model_card
-from app.serving.schema import Intent
 from app.settings.serving import VariantConfig
-from app.storage import local_folder
-
-logger = logging.getLogger(__name__)
 
 
 class Models:
     """What `model` may say: a registered model (`support`), one version of it (`support/3`) or a variant's name."""
 
     def __init__(self, variants: Sequence[VariantConfig]) -> None:
-        self._variants = tuple(variants)
         self._created = {variant.name: _created(variant) for variant in variants}
-        self._intents = {variant.name: _intent_model(variant) for variant in variants}
+        self.take(variants)
+
+    def take(self, variants: Sequence[VariantConfig]) -> None:
+        """Go on with other weights."""
+        self._variants = tuple(variants)
         self._names: dict[str, list[VariantConfig]] = {}
         for variant in variants:
             for name in dict.fromkeys((variant.model, f"{variant.model}/{variant.version}", variant.name)):
@@ -45,6 +41,11 @@ class Models:
                 return variant
         return candidates[-1]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that `model` may say."""
+        return tuple(self._names)
+
     def cards(self) -> list[dict[str, Any]]:
         """The entries of /v1/models, registered models first."""
         names = sorted(self._names, key=lambda name: name not in {variant.model for variant in self._variants})
@@ -59,27 +60,11 @@ class Models:
         variant = self._named(name)[0]
         return model_card(name, self._created[variant.name], variant.name, f"{variant.model}/{variant.version}")
 
-    def intent(self, variant: VariantConfig, question: str) -> Intent | None:
-        """What a customer's message is about, if the variant has a model that says so."""
-        model = self._intents[variant.name]
-        if model is None:
-            return None
-        label, confidence = model.predict([normalised(question)])[0]
-        return Intent(str(label), float(confidence))
-
     def _named(self, name: str) -> list[VariantConfig]:
         if name not in self._names:
             known = ", ".join(self._names)
             raise RequestError(404, f"there is no model {name!r} here; there are {known}", "model_not_found", "model")
         return self._names[name]
-
-
-def _intent_model(variant: VariantConfig) -> IntentModel | None:
-    with local_folder(variant.uri) as folder:
-        if (folder / "intent").is_dir():
-            return IntentModel.load(folder / "intent")
-    logger.warning("variant %s has no intent model: hand-over by intent is off for it", variant.name)
-    return None
 
 
 def _created(variant: VariantConfig) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from app.serving.schema import Conclusion, Embedded, Intent, TokenLogprob
+from app.serving.schema import Conclusion, Embedded, Insight, TokenLogprob
 from app.serving.tools import CallArguments, CallBegun, Piece
 
 ERROR_TYPES = {
@@ -53,12 +53,13 @@ class Frame:
     tells_usage: bool
     """Whether a stream ends with the usage."""
 
-    def ours(self, conclusion: Conclusion, intent: Intent | None) -> dict[str, Any]:
+    def ours(self, conclusion: Conclusion, known: Insight) -> dict[str, Any]:
         """What we tell beyond OpenAI's fields."""
         return {
             "handover": conclusion.handover is not None,
             "reason": conclusion.handover,
-            "intent": intent.label if intent else None,
+            "intent": known.intent.label if known.intent else None,
+            "sentiment": known.sentiment,
             "variant": self.variant,
         }
 

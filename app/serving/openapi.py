@@ -108,8 +108,12 @@ class ModelList(BaseModel):
 
 
 @cache
-def document() -> dict[str, Any]:
-    """The document, as JSON has it."""
+def document(models: tuple[str, ...]) -> dict[str, Any]:
+    """The document, as JSON has it.
+
+    Args:
+        models: Names that `model` may be.
+    """
     from openai.types import Completion  # half a second, and only who asks for the document waits for it
     from openai.types.chat import ChatCompletion
 
@@ -126,6 +130,8 @@ def document() -> dict[str, Any]:
             if name not in body.model_fields:
                 described = {"enum": [None, *harmless], "description": "Not supported; may ask for nothing."}
                 schemas["$defs"][body.__name__]["properties"][name] = described
+        if "model" in body.model_fields:
+            schemas["$defs"][body.__name__]["properties"]["model"] = {"enum": [*models]}
     answers: dict[str, Any] = {}
     for kind in (ChatCompletion, Completion):
         schema = kind.model_json_schema(ref_template=_REF + kind.__name__ + "_{model}")

@@ -21,14 +21,18 @@ class ResponseManagement:
 
     def __init__(self, config: ServingConfig) -> None:
         set_up_logging(deployment="response")
-        self._handover = config.handover
+        self._config = config
         self._storage = Storage(config.storage_uri)
         self._log = traffic.TrafficLog(self._storage, traffic.new_writer("response"))
         self._handovers, self._feedback = counter(HANDOVERS), counter(FEEDBACK)
 
+    def reconfigure(self, live: dict[str, Any]) -> None:
+        """Called by Serve at the start, and when settings change that need no new replica."""
+        self._config = self._config.with_live(live)
+
     async def conclude(self, draft: Draft) -> Conclusion | Refused:
         """Settle an answer. It is on disk when this returns a Conclusion."""
-        conclusion = concluded(draft, self._handover)
+        conclusion = concluded(draft, self._config.handover)
         try:
             await asyncio.to_thread(self._log.append, _exchange(draft, conclusion))
         except StorageError as error:
@@ -65,15 +69,18 @@ def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
     """Whether a person takes over and why, and what the customer then reads after the reply.
 
     The reasons, first match: `intent`, the customer asked for what only people do; `low_intent_confidence`, the
-    question is unclear; `low_reply_confidence`, the model is unsure of its words, and the customer is told
-    where words may follow. A plain completion is nobody's conversation.
+    question is unclear; `sentiment`, the customer is angry; `low_reply_confidence`, the model is unsure of its words,
+    and the customer is told where words may follow. A plain completion is nobody's conversation.
     """
     if draft.endpoint != "chat":
         return Conclusion("", None)
-    if draft.intent and draft.intent.label in settings.intents:
+    intent, sentiment = draft.insight.intent, draft.insight.sentiment
+    if intent and intent.label in settings.intents:
         return Conclusion("", "intent")
-    if draft.intent and draft.intent.confidence < settings.min_intent_confidence:
+    if intent and intent.confidence < settings.min_intent_confidence:
         return Conclusion("", "low_intent_confidence")
+    if sentiment is not None and sentiment < settings.min_sentiment:
+        return Conclusion("", "sentiment")
     if draft.status == "ok" and draft.confidence is not None and draft.confidence < settings.min_reply_confidence:
         told = f"\n\n{settings.message}" if draft.reply else settings.message
         return Conclusion(told if draft.takes_text else "", "low_reply_confidence")
@@ -81,6 +88,7 @@ def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
 
 
 def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
+    intent = draft.insight.intent
     return Exchange(
         response_id=draft.response_id,
         received_at=draft.received_at,
@@ -88,8 +96,9 @@ def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
         model_version=draft.model_version,
         messages=list(draft.messages),
         reply=draft.reply + conclusion.added,
-        intent=draft.intent.label if draft.intent else None,
-        intent_confidence=draft.intent.confidence if draft.intent else None,
+        intent=intent.label if intent else None,
+        intent_confidence=intent.confidence if intent else None,
+        sentiment=draft.insight.sentiment,
         handover=conclusion.handover,
         finish_reason=draft.finish_reason,
         prompt_tokens=draft.prompt_tokens,

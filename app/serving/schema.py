@@ -141,6 +141,15 @@ class Intent:
 
 
 @dataclass(frozen=True)
+class Insight:
+    """What small functions said about a question; none where they did not in time."""
+
+    intent: Intent | None = None
+    sentiment: float | None = None
+    """From -1 (furious) to 1 (delighted)"""
+
+
+@dataclass(frozen=True)
 class Draft:
     """Input handling to response management: all there is to know of an answer before it is given."""
 
@@ -152,7 +161,7 @@ class Draft:
     messages: tuple[Message, ...]
     reply: str
     """The first choice's."""
-    intent: Intent | None
+    insight: Insight
     status: Literal["ok", "cancelled", "error"]
     finish_reason: str
     prompt_tokens: int

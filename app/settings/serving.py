@@ -1,10 +1,11 @@
 """`serving`: the served application."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from app.settings.section import Count, Fraction, Positive, Section
+from app.settings.section import Count, Fraction, Natural, NotNegative, Positive, Section
 
 
 class VariantConfig(Section):
@@ -20,17 +21,60 @@ class VariantConfig(Section):
     """Its model folder."""
     weight: Positive = 1.0
     """Share of conversations, relative to the other variants."""
+    fallback: str | None = None
+    """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
+    one while a large one starts. None: questions wait."""
 
 
 class ReplicasConfig(Section):
     """Size of one deployment."""
 
-    replicas: Count = 1
-    """Copies."""
-    cpus: Annotated[float, Field(ge=0)] = 0.2
+    replicas: Count | tuple[Natural, Count] = 1
+    """Copies. Two numbers, the fewest and the most: as many as the load needs; from 0, the first request starts one."""
+    cpus: NotNegative = 0.2
     """Logical CPUs each reserves."""
+    gpus: NotNegative = 0.0
+    """GPUs each reserves."""
     max_ongoing_requests: Count = 64
     """Requests a replica works on at once."""
+    max_queued_requests: Count = 256
+    """Requests that wait for a replica, counted by each caller; what comes beyond is refused with 429."""
+    target_ongoing_requests: Positive | None = None
+    """Requests a replica should work on: more on average, and replicas are added. None: half of the most."""
+    target_latency_s: Positive | None = None
+    """Longest mean time that requests should wait for, the language model's time to first token: more, and replicas
+    are added. None: not looked at."""
+    upscale_delay_s: NotNegative = 2.0
+    """Replicas are added after so long a need for them."""
+    downscale_delay_s: NotNegative = 120.0
+    """Replicas are taken away after so long without need for them."""
+
+    @property
+    def least(self) -> int:
+        """Fewest copies."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+
+    @property
+    def most(self) -> int:
+        """Most copies."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[1]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ReplicasConfig":
+        if self.least > self.most:
+            raise ValueError(f"replicas is [fewest, most], got {[self.least, self.most]}")
+        return self
+
+
+class FunctionsConfig(Section):
+    """Small functions beside the language model. An answer never waits long for them."""
+
+    intent: ReplicasConfig = ReplicasConfig(cpus=0.1)
+    """What a question is about; hand-over by intent needs it."""
+    sentiment: ReplicasConfig = ReplicasConfig(replicas=(0, 1), cpus=0.1)
+    """How a customer feels; English only."""
+    deadline_s: Positive = 1.0
+    """So long after the question came in, a complete reply is given without what a function has not said yet."""
 
 
 class HandoverConfig(Section):
@@ -42,6 +86,8 @@ class HandoverConfig(Section):
     """Below this confidence of the intent model the customer is handed over; 0: never."""
     min_reply_confidence: Fraction = 0.3
     """Below this mean token probability of the reply the customer is handed over; 0: never."""
+    min_sentiment: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    """Below this, from -1 (furious) to 1 (delighted), the customer is handed over; -1: never."""
     message: str = "I am not sure about this one, so I am handing you over to a colleague who can help."
     """What the customer then reads."""
 
@@ -60,11 +106,17 @@ class ServingConfig(Section):
     storage_uri: str = ""
     """Where traffic is logged; empty: `storage.uri`."""
     input: ReplicasConfig = ReplicasConfig()
-    """Input handling: access, validation, intent."""
+    """Input handling: access, validation."""
     language_model: ReplicasConfig = ReplicasConfig(cpus=0.5)
     """The model."""
     response: ReplicasConfig = ReplicasConfig()
     """Response management: post-processing, hand-over, logging."""
+    functions: FunctionsConfig = FunctionsConfig()
+    """What else is found out about a question."""
+    fallback_after_s: Positive = 2.0
+    """How long a question waits for a variant that has a fallback."""
+    drain_timeout_s: Positive = 60.0
+    """A replica that is taken away gets so long to complete its answers."""
     max_batch_slots: Count = 16
     """Sequences that one language model replica generates at once."""
     context_tokens: Annotated[int, Field(ge=32)] = 512
@@ -87,3 +139,46 @@ class ServingConfig(Section):
     """When a person takes over."""
     deploy_timeout_s: Positive = 180.0
     """How long a deployment may take to become healthy."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServingConfig":
+        names = [variant.name for variant in self.variants]
+        for variant in self.variants:
+            if variant.fallback is not None and (variant.fallback not in names or variant.fallback == variant.name):
+                raise ValueError(f"variant {variant.name} falls back on {variant.fallback}; the others are {names}")
+        return self
+
+    def at_start(self) -> "ServingConfig":
+        """Without what may change while replicas run: two of these that are equal need no new replicas."""
+        plain = type(self)()
+        variants = tuple(variant.model_copy(update={"weight": 1.0}) for variant in self.variants)
+        return self.model_copy(update={**{name: getattr(plain, name) for name in LIVE}, "variants": variants})
+
+    def live(self) -> dict[str, Any]:
+        """What may change while replicas run, as JSON has it."""
+        weights = {variant.name: variant.weight for variant in self.variants}
+        return {**self.model_dump(mode="json", include=set(LIVE)), "weights": weights}
+
+    def with_live(self, live: Mapping[str, Any]) -> "ServingConfig":
+        """With what `live` gave."""
+        weights = live["weights"]
+        fields = self.model_dump()
+        fields |= {name: live[name] for name in LIVE}
+        fields["variants"] = [
+            {**variant, "weight": weights.get(variant["name"], variant["weight"])} for variant in fields["variants"]
+        ]
+        return type(self).model_validate(fields)
+
+
+LIVE = (
+    "default_temperature",
+    "default_max_tokens",
+    "max_messages",
+    "max_tools",
+    "max_choices",
+    "max_prompts",
+    "handover",
+)
+"""Settings that take effect without new replicas, beside the variants' weights."""
+LIVE_DEPLOYMENTS = ("InputHandling", "ResponseManagement")
+"""Those that take `ServingConfig.live()` as their user_config."""

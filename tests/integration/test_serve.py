@@ -75,7 +75,7 @@ def test_the_job_says_where_it_answers(service: Service) -> None:
     line = service.last_line
     assert (line["stage"], line["status"], line["outputs"]["url"]) == ("serve", "done", service.url)
     assert [variant["name"] for variant in line["outputs"]["variants"]] == ["champion"]
-    assert line["figures"]["replicas"] == 3
+    assert line["figures"]["replicas"] == 5
 
 
 def test_the_official_client_gets_whole_answers(client: openai.OpenAI) -> None:
@@ -96,7 +96,7 @@ def test_a_streamed_answer_has_the_same_text_and_ends_with_its_reason_and_usage(
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-2].rayloop == {
-        "handover": False, "reason": None, "intent": "password_reset", "variant": "champion",
+        "handover": False, "reason": None, "intent": "password_reset", "sentiment": 0.0, "variant": "champion",
     }  # fmt: skip
     assert chunks[-1].choices == []
     whole = client.chat.completions.create(model="support", messages=asked(question))

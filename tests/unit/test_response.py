@@ -5,18 +5,22 @@ from pathlib import Path
 import pytest
 
 from app.serving.response import ResponseManagement, concluded
-from app.serving.schema import Conclusion, Draft, FeedbackRequest, Intent, Refused
+from app.serving.schema import Conclusion, Draft, FeedbackRequest, Insight, Intent, Refused
 from app.settings.serving import HandoverConfig, ServingConfig
 from app.storage import Storage
 from app.traffic import new_response_id, new_writer
 
 SETTINGS = HandoverConfig(
-    intents=("human_handover",), min_intent_confidence=0.3, min_reply_confidence=0.5, message="A colleague comes."
+    intents=("human_handover",),
+    min_intent_confidence=0.3,
+    min_reply_confidence=0.5,
+    min_sentiment=-0.8,
+    message="A colleague comes.",
 )
 DRAFT = Draft(
     response_id="r", received_at="t", variant="v", model_version="m/1", model_uri="u", messages=(), reply="Sure.",
-    intent=Intent("refund_request", 0.9), status="ok", finish_reason="stop", prompt_tokens=1, completion_tokens=1,
-    confidence=0.9, time_to_first_token_s=0.1, end_to_end_s=0.2, stream=False, user_hash=None,
+    insight=Insight(Intent("refund_request", 0.9)), status="ok", finish_reason="stop", prompt_tokens=1,
+    completion_tokens=1, confidence=0.9, time_to_first_token_s=0.1, end_to_end_s=0.2, stream=False, user_hash=None,
 )  # fmt: skip
 TOLD = "\n\nA colleague comes."
 
@@ -25,12 +29,16 @@ TOLD = "\n\nA colleague comes."
     ("draft", "conclusion"),
     [
         (DRAFT, Conclusion("", None)),
-        (replace(DRAFT, intent=None), Conclusion("", None)),
-        (replace(DRAFT, intent=Intent("human_handover", 0.9)), Conclusion("", "intent")),
-        (replace(DRAFT, intent=Intent("refund_request", 0.2)), Conclusion("", "low_intent_confidence")),
+        (replace(DRAFT, insight=Insight()), Conclusion("", None)),
+        (replace(DRAFT, insight=Insight(Intent("human_handover", 0.9))), Conclusion("", "intent")),
+        (replace(DRAFT, insight=Insight(Intent("refund_request", 0.2))), Conclusion("", "low_intent_confidence")),
         (replace(DRAFT, confidence=0.4), Conclusion(TOLD, "low_reply_confidence")),
         (replace(DRAFT, confidence=0.4, reply=""), Conclusion("A colleague comes.", "low_reply_confidence")),
-        (replace(DRAFT, confidence=0.4, intent=Intent("human_handover", 0.9)), Conclusion("", "intent")),
+        (replace(DRAFT, confidence=0.4, insight=Insight(Intent("human_handover", 0.9))), Conclusion("", "intent")),
+        (replace(DRAFT, insight=Insight(None, -0.9)), Conclusion("", "sentiment")),
+        (replace(DRAFT, insight=Insight(None, -0.7)), Conclusion("", None)),
+        (replace(DRAFT, confidence=0.4, takes_text=False), Conclusion("", "low_reply_confidence")),
+        (replace(DRAFT, confidence=0.4, endpoint="completions"), Conclusion("", None)),
         (replace(DRAFT, confidence=None, status="cancelled"), Conclusion("", None)),
     ],
 )
@@ -40,7 +48,7 @@ def test_a_person_takes_over_when_asked_for_or_when_the_bot_is_unsure(draft: Dra
 
 def test_limits_of_zero_never_hand_over() -> None:
     never = SETTINGS.model_copy(update={"min_intent_confidence": 0.0, "min_reply_confidence": 0.0})
-    draft = replace(DRAFT, intent=Intent("refund_request", 0.0), confidence=0.0)
+    draft = replace(DRAFT, insight=Insight(Intent("refund_request", 0.0)), confidence=0.0)
     assert concluded(draft, never) == Conclusion("", None)
 
 
