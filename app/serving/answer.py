@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.errors import RequestError
-from app.serving import openai_format
+from app.serving import limits, openai_format
 from app.serving.schema import (
     ChatRequest,
     Conclusion,
@@ -219,9 +219,14 @@ class Answering:
         self._prompt_tokens.inc(answer.prompt_tokens, tags)
         if answer.finished and answer.finished.completion_tokens:
             self._completion_tokens.inc(answer.finished.completion_tokens, tags)
+            limits.spend(answer.prompt_tokens + answer.finished.completion_tokens)
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:
+        if status == "error":
+            limits.spend(0)
+        elif answer.request.stream:
+            limits.spend(answer.prompt_tokens + len(answer.pieces))
         if not answer.settled:
             answer.settled = True
             self._in_background(self._settle(answer.draft(status)))

@@ -2,6 +2,7 @@
 
     client -> InputHandling -> LanguageModel (one deployment a variant)
                             -> ResponseManagement
+                            -> RateLimits (one replica, asked for keys that have limits)
 
 Deployed by jobs/serve.py from the configuration; `import_path: app.serving.application:build_app`.
 """
@@ -11,10 +12,13 @@ from ray import serve
 from app.errors import ConfigError
 from app.serving.input import InputHandling
 from app.serving.language_model import LanguageModel
+from app.serving.limits import RateLimits
 from app.serving.response import ResponseManagement
 from app.settings.serving import ReplicasConfig, ServingConfig
 
 HEALTH_CHECK_PERIOD_S = 3.0
+LEDGER = ReplicasConfig(cpus=0.0, max_ongoing_requests=1_000)
+"""The ledger of rate limits: two would each let the whole limit in."""
 
 
 def build_app(args: ServingConfig) -> serve.Application:
@@ -33,7 +37,8 @@ def build_app(args: ServingConfig) -> serve.Application:
         for variant in args.variants
     }
     response = _deployment(ResponseManagement, "ResponseManagement", args.response).bind(args)
-    return _deployment(InputHandling, "InputHandling", args.input).bind(args, models, response)
+    limits = _deployment(RateLimits, "RateLimits", LEDGER).bind()
+    return _deployment(InputHandling, "InputHandling", args.input).bind(args, models, response, limits)
 
 
 def _deployment(kind: type, name: str, size: ReplicasConfig) -> serve.Deployment:

@@ -27,6 +27,7 @@ from app.errors import RequestError
 from app.serving.access import Access
 from app.serving.answer import Answer, Answering
 from app.serving.gate import Gate, error_response
+from app.serving.limits import Limiter
 from app.serving.models import Models
 from app.serving.requests import parse_chat, parse_feedback
 from app.serving.schema import Refused
@@ -59,10 +60,12 @@ class InputHandling:
         config: ServingConfig,
         language_models: Mapping[str, "DeploymentHandle[Any]"],
         response: "DeploymentHandle[Any]",
+        limits: "DeploymentHandle[Any]",
     ) -> None:
         set_up_logging(deployment="input")
         self._config = config
         self._access = Access(Storage(config.storage_uri))
+        self._limiter = Limiter(config, limits)
         self._models = Models(config.variants)
         self._language_models, self._response = language_models, response
         self._answering = Answering(response)
@@ -71,7 +74,9 @@ class InputHandling:
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once the replica is made."""
-        routes = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+        routes = FastAPI(
+            openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._access.followed
+        )
         for path in PAGE:
             routes.add_api_route(path, self.page, methods=["GET"], response_model=None)
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
@@ -85,7 +90,7 @@ class InputHandling:
         routes.add_exception_handler(HTTPException, _refuse_http)
         for unavailable in (RayError, RayServeException, TimeoutError):
             routes.add_exception_handler(unavailable, _unavailable)
-        return Gate(routes, self._access, self._config.max_body_bytes)
+        return Gate(routes, self._access, self._limiter, self._config)
 
     async def page(self, request: Request) -> Response:
         """The chat page and its parts."""
@@ -156,15 +161,10 @@ class InputHandling:
         return JSONResponse(chain)
 
     async def _body(self, request: Request) -> bytes:
-        limit, body = self._config.max_body_bytes, bytearray()
         try:
-            async for part in request.stream():
-                body += part
-                if len(body) > limit:
-                    raise RequestError(413, f"the body is larger than {limit} bytes", "body_too_large")
+            return await request.body()
         except ClientDisconnect:
             raise RequestError(400, "the connection closed before the body was complete", "incomplete_body") from None
-        return bytes(body)
 
 
 def _raise_refused(result: Any) -> None:

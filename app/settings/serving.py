@@ -75,8 +75,14 @@ class ServingConfig(Section):
     """Temperature when the request names none. 0 gives the most probable reply; OpenAI's own default is 1."""
     max_body_bytes: Count = 1_000_000
     """A larger request body is refused."""
+    body_timeout_s: Positive = 30.0
+    """How long a request body may take to arrive; a slower sender is told so and its connection closed."""
     max_messages: Count = 100
     """More messages in a request are refused."""
+    requests_per_minute: Count | None = None
+    """Requests that a key without a limit of its own may send in any minute; null: as many as it likes."""
+    tokens_per_minute: Count | None = None
+    """Tokens of prompts and replies that a key without a limit of its own may spend in any minute; null: as many."""
     handover: HandoverConfig = HandoverConfig()
     """When a person takes over."""
     deploy_timeout_s: Positive = 180.0
