@@ -89,6 +89,9 @@ class Handle:
 
         self.reserve, self.settle = Method(reserve), Method(settle)
 
+    def options(self, **options: Any) -> "Handle":
+        return self
+
 
 def key(**options: Any) -> StoredKey:
     return keys.new_ring().with_new(AT, "shop", **options)[1].stored
