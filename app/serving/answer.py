@@ -223,12 +223,10 @@ class Answering:
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:
-        if status == "error":
-            limits.spend(0)
-        elif answer.request.stream:
-            limits.spend(answer.prompt_tokens + len(answer.pieces))
         if not answer.settled:
             answer.settled = True
+            if status == "error" or answer.request.stream:  # else nobody knows how much was written
+                limits.spend(0 if status == "error" else answer.prompt_tokens + len(answer.pieces))
             self._in_background(self._settle(answer.draft(status)))
 
     async def _settle(self, draft: Draft) -> Conclusion | Refused:

@@ -42,7 +42,7 @@ _MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens"\s*:\s*(\d{1,9})')
 _CHOICES = re.compile(rb'"(?:n|best_of)"\s*:\s*(\d{1,9})')
 # A letter or `_` that is written as an escape, which no encoder does: it could hide the keys above.
 _HIDDEN = re.compile(rb"\\u00(?:5[fF]|6|7)")
-_spent: contextvars.ContextVar["Visit | None"] = contextvars.ContextVar("visit", default=None)
+_visit: contextvars.ContextVar["Visit | None"] = contextvars.ContextVar("visit", default=None)
 
 
 class RateLimits:
@@ -69,9 +69,10 @@ class Visit:
     """One request of a key that has limits."""
 
     answer: Granted | Exceeded
-    limits: Limits
-    tokens: int | None = None
-    """Really spent; none while it is not known."""
+    asked_tokens: int
+    """What it may spend at most, by estimate."""
+    spent_tokens: int | None = None
+    """What it has really spent; none while that is not known."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -91,12 +92,12 @@ class Visit:
             return None
         standing = self.answer.requests if self.answer.what == "requests" else self.answer.tokens
         assert standing is not None
-        return RequestError(
-            429,
-            f"this API key may spend {standing.limit} {self.answer.what} a minute, {standing.remaining} are left and "
-            f"this needs more: try again in {duration(self.answer.retry_after_s)}",
-            "rate_limit_exceeded",
-        )
+        what = f"this API key may spend {standing.limit} {self.answer.what} a minute"
+        if self.answer.what == "tokens" and self.asked_tokens > standing.limit:
+            remedy = f"and this request alone {self.asked_tokens}: make it shorter, or lower max_tokens"
+        else:
+            remedy = f"and {standing.remaining} are left: try again in {duration(self.answer.retry_after_s)}"
+        return RequestError(429, f"{what}, {remedy}", "rate_limit_exceeded")
 
 
 class Limiter:
@@ -131,13 +132,17 @@ class Limiter:
         except (TimeoutError, RayError, RayServeException):
             what = "the limits of this API key cannot be looked up at the moment; try again shortly"
             raise RequestError(503, what, "service_unavailable") from None
-        return Visit(answer, limits)
+        return Visit(answer, tokens)
 
     def leave(self, visit: Visit, status: int) -> None:
-        """Settle what was reserved: nothing for what failed, what was spent if that is known, else as reserved."""
+        """Settle what was reserved: nothing for what failed, what was spent if that is known, else as reserved.
+
+        Args:
+            status: That was sent; 0, if the client left before.
+        """
         if isinstance(visit.answer, Exceeded) or visit.answer.reservation.tokens == 0:
             return
-        spent = 0 if status >= 400 else visit.tokens
+        spent = 0 if status >= 400 else visit.spent_tokens
         if spent is not None and spent != visit.answer.reservation.tokens:
             self._in_background(self._settle(visit.answer.reservation, spent))
 
@@ -157,13 +162,13 @@ class Limiter:
 
 def visiting(visit: Visit | None) -> None:
     """Let `spend` know, from here on, for which request it is."""
-    _spent.set(visit)
+    _visit.set(visit)
 
 
 def spend(tokens: int) -> None:
-    """Say how many tokens the request under way has really spent, of prompt and reply; the last word counts."""
-    if (visit := _spent.get()) is not None:
-        visit.tokens = tokens
+    """Say how many more tokens, of prompt and reply, the request under way has really spent."""
+    if (visit := _visit.get()) is not None:
+        visit.spent_tokens = (visit.spent_tokens or 0) + tokens
 
 
 def estimated_tokens(body: bytes, config: ServingConfig, generates: bool) -> int:

@@ -5,6 +5,8 @@ import datetime
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import pytest
 from app import deployment
 from app.serving import keys
 from app.storage import Storage
-from tests.conftest import Service
+from tests.conftest import ROOT, Service
 from tests.faults import Fault
 from tests.integration.test_serve import asked, eventually
 
@@ -105,7 +107,7 @@ async def flood(url: str, made: dict[str, str], each: int, **request: Any) -> di
     return {name: [response for who, response in answers if who == name] for name in made}
 
 
-@pytest.mark.fault("S19", seen="both replicas answered several times the limit of requests")
+@pytest.mark.fault("S19", seen="both replicas answered, several times as many as the limit")
 def test_of_requests_through_two_replicas_no_more_are_let_in_than_the_limit(limited: Limited, fault: Fault) -> None:
     limits = {"few": 20, "some": 60, "many": 100}
     made = {name: limited.make(name, requests_per_minute=limit) for name, limit in limits.items()}
@@ -115,7 +117,7 @@ def test_of_requests_through_two_replicas_no_more_are_let_in_than_the_limit(limi
     seconds = time.monotonic() - begun_s
     assert seconds < 55, "a minute has not passed"
     by_replica = [eventually(lambda pid=pid: logged(pid).count('"/v1/models"') - before[pid], 10) for pid in before]
-    assert all(count > 50 for count in by_replica), by_replica
+    assert all(count > 20 for count in by_replica), by_replica
     fault.happened()
     counted = {name: Counter(response.status_code for response in found) for name, found in answers.items()}
     print(f"S19: {counted} in {seconds:.1f} s; let in by the replicas: {by_replica}")
@@ -196,6 +198,24 @@ def test_keys_are_followed_within_two_seconds(limited: Limited) -> None:
     assert "has expired" in httpx.get(f"{limited.url}/v1/models", headers=bearer(made), timeout=30).text
     print(f"followed: made {seconds_until_known:.1f} s, {seconds}")
     assert all(each < FOLLOWED_S for each in seconds.values()), seconds
+
+
+def test_a_key_is_made_and_revoked_by_the_command_while_the_application_runs(service: Service) -> None:
+    def command(*arguments: str) -> str:
+        line = [sys.executable, "-m", "jobs.keys", *arguments, "--config", str(service.config)]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def status(made: str) -> int:
+        return httpx.get(f"{service.url}/v1/models", headers=bearer(made), timeout=30).status_code
+
+    made = next(line.strip() for line in command("make", "--name", "shop").splitlines() if "sk-rayloop-" in line)
+    eventually(lambda: status(made) == 200, FOLLOWED_S)
+    assert "  shop  " in command("list")
+    command("revoke", "shop")
+    eventually(lambda: status(made) == 401, FOLLOWED_S)
+    assert status(service.api_key) == 200
 
 
 @pytest.mark.fault("S19", seen="the ledger's process was gone and another one took its place")
