@@ -82,7 +82,7 @@ class ServingConfig(Section):
     requests_per_minute: Count | None = None
     """Requests that a key without a limit of its own may send in any minute; null: as many as it likes."""
     tokens_per_minute: Count | None = None
-    """Tokens of prompts and replies that a key without a limit of its own may spend in any minute; null: as many as it likes."""
+    """Tokens of prompts and replies that such a key may spend in any minute; null: as many as it likes."""
     handover: HandoverConfig = HandoverConfig()
     """When a person takes over."""
     deploy_timeout_s: Positive = 180.0
