@@ -3,6 +3,7 @@
 import datetime
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,13 +212,20 @@ def test_a_damaged_key_is_not_taken_for_one_that_opens_more(storage: Storage, fi
         keys.read(storage)
 
 
-def make_some(store: str, writer: int) -> None:
+def make_some(store: str, writer: int, together: Any) -> None:
+    def slowly(ring: KeyRing, name: str) -> tuple[KeyRing, keys.NewKey]:
+        time.sleep(0.02)  # after it was read, before it is written
+        return ring.with_new(AT, name)
+
+    together.wait(60)
     for each in range(5):
-        keys.change(Storage(store), lambda ring, each=each: ring.with_new(AT, f"w{writer}-{each}"))  # type: ignore[misc]
+        keys.change(Storage(store), lambda ring, each=each: slowly(ring, f"w{writer}-{each}"))  # type: ignore[misc]
 
 
 def test_writers_at_once_lose_no_key(store: str) -> None:
-    writers = [multiprocessing.get_context("spawn").Process(target=make_some, args=(store, each)) for each in range(3)]
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(3)
+    writers = [context.Process(target=make_some, args=(store, each, together)) for each in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:
