@@ -10,6 +10,7 @@
     │   └── TableNotFound                 ... the table as a whole
     ├── RegistryError                     a model version or alias that is not there
     ├── ResponseNotFound                  an id that no answer carries
+    ├── AccessError                       an API key that is not there, or cannot become what was asked
     ├── ModelError                        a model folder that cannot be loaded safely
     ├── StageRefused                      a stage did its work and its gate said no
     ├── StageFailed                       a stage could not do its work
@@ -72,6 +73,10 @@ class RegistryError(RayloopError):
 
 class ResponseNotFound(RayloopError):
     """No answer with that id was ever given."""
+
+
+class AccessError(RayloopError):
+    """An API key does not exist, or is not in the state that was asked for."""
 
 
 class ModelError(RayloopError):

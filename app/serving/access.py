@@ -1,112 +1,178 @@
-"""Who may ask: API keys, kept as salted hashes.
+"""Who may ask for what: every route wants a scope, and a key that has it.
 
-Keys come from RAYLOOP_API_KEY, or one is made when the application is first deployed. Either way
-`serving/api_keys.json` below the storage root holds only `SHA-256(salt + key)` with a salt of its own each.
-A made key has 192 random bits, which no search of any hash reaches, so a slow password hash would buy nothing
-and would let anyone keep a replica busy with wrong keys. RAYLOOP_API_KEY should be as random.
+Keys are those of `serving/api_keys.json` below the storage root (keys.py), and RAYLOOP_API_KEY, which should be as
+random. One is made when the application is first deployed and there is none.
 """
 
-import hashlib
+import asyncio
+import datetime
 import hmac
-import json
+import logging
 import os
-import secrets
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
-from app.errors import StageFailed, StorageError
+from app.errors import RequestError, StageFailed, StorageError
+from app.serving import keys
+from app.serving.keys import FILE, KeyRing, Scope, StoredKey
 from app.storage import Storage
-from app.traffic import now
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "RAYLOOP_API_KEY"
-PREFIX = "sk-rayloop-"
-_FILE = ("serving", "api_keys.json")
+PUBLIC = frozenset({"/", "/page/page.css", "/page/page.js", "/health", "/ready"})
+"""The routes that want no key."""
+ROUTE_SCOPES: Mapping[str, Scope] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "chat",
+    "/v1/embeddings": "chat",
+    "/v1/models": "chat",
+    "/v1/models/": "chat",
+    "/tokenize": "chat",
+    "/detokenize": "chat",
+    "/openapi.json": "chat",
+    "/v1/feedback": "feedback",
+}
+"""The scope that a route wants; one that ends with a slash stands for all below it. Every other path, those that do
+not exist included, wants `admin`."""
+POLL_S = 1.0
+"""How often the file is read again."""
 
 
-@dataclass(frozen=True)
-class StoredKey:
-    """A key as it is kept."""
-
-    source: str
-    """environment, or made"""
-    salt: str
-    hash: str
-    created_at: str
-
-    def matches(self, key: str) -> bool:
-        """Whether this is the key; takes as long for any other."""
-        return hmac.compare_digest(self.hash, _hash(self.salt, key))
+def scope_of(path: str) -> Scope | None:
+    """The scope that a path wants; none where no key is wanted."""
+    if path in PUBLIC:
+        return None
+    for route, scope in ROUTE_SCOPES.items():
+        if path == route or (route.endswith("/") and path.startswith(route)):
+            return scope
+    return "admin"
 
 
 class Access:
-    """Says who is let in. Reads the keys once; a check is one SHA-256 a key, some microseconds.
+    """Says who is let in. A check is one SHA-256 a key, some microseconds.
 
     Raises:
         StageFailed: There is no key at all: the application does not start open.
+        StorageError: The file of keys cannot be read.
     """
 
     def __init__(self, storage: Storage) -> None:
-        self._keys, self._user_salt = _read(storage)
-        environment = os.environ.get(VARIABLE)
-        if environment and not any(key.matches(environment) for key in self._keys):
-            self._keys = (*self._keys, _stored("environment", environment))
-        if not self._keys:
+        self._storage = storage
+        given = os.environ.get(VARIABLE)
+        self._environment = (given, keys.stored_key(given, "environment", "environment", _now())) if given else None
+        self._of_file: KeyRing | None = None
+        self._ring = self._read()
+        self._is_stale = False
+        if not self._ring.keys:
             raise StageFailed(
-                f"no API key is in {storage.uri(*_FILE)} or {VARIABLE}",
+                f"no API key is in {storage.uri(*FILE)} or {VARIABLE}",
                 "deploy with `python -m jobs.serve`, which makes one, or set the variable",
             )
 
-    def allows(self, authorization: str | None) -> bool:
-        """Whether an Authorization header carries a key that is known. Every key is tried, whichever matches."""
-        scheme, _, key = (authorization or "").partition(" ")
-        matches = [stored.matches(key.strip()) for stored in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+    def check(self, path: str, authorization: str | None) -> StoredKey | None:
+        """The key of an Authorization header that opens a path; none where no key is wanted.
+
+        Raises:
+            RequestError: 401, there is no such key, or it is no longer one; 403, it lacks the scope.
+        """
+        scope = scope_of(path)
+        if scope is None:
+            return None
+        key = self._identified(authorization)
+        if scope not in key.scopes:
+            raise RequestError(
+                403,
+                f"the API key {key.id} lacks the scope `{scope}`, which this route wants; it has {_said(key.scopes)}",
+                "insufficient_scope",
+            )
+        return key
+
+    @asynccontextmanager
+    async def followed(self, application: object = None) -> AsyncIterator[None]:
+        """While this is open, changes of the file take effect within about `POLL_S`; the lifespan of an ASGI app.
+
+        While the file cannot be read, or is gone, the keys that were known before stay, and expire.
+        """
+        following = asyncio.create_task(self._follow())
+        try:
+            yield
+        finally:
+            following.cancel()
 
     def pseudonym(self, user: str) -> str:
         """A stable stand-in for a user's name in the traffic log; without the salt it cannot be guessed."""
-        return hmac.digest(self._user_salt.encode(), user.encode(), "sha256").hex()[:24]
+        return hmac.digest(self._ring.user_salt.encode(), user.encode(), "sha256").hex()[:24]
+
+    def _identified(self, authorization: str | None) -> StoredKey:
+        scheme, _, given = (authorization or "").partition(" ")
+        # Every key is tried, whichever matches, and whatever the scheme is.
+        matching = [key for key in self._ring.keys if key.matches(given.strip())]
+        if scheme.lower() != "bearer" or not matching:
+            what = "is not known here" if authorization else "is missing"
+            raise RequestError(401, f"the API key {what}: send it as `Authorization: Bearer <key>`", "invalid_api_key")
+        at = _now()
+        states = {key.state(at): key for key in matching}
+        if "active" not in states:
+            what = "was revoked" if "revoked" in states else "has expired"
+            raise RequestError(401, f"the API key {what}: ask for a new one", "invalid_api_key")
+        return states["active"]
+
+    def _read(self) -> KeyRing:
+        """The keys of the file and the environment.
+
+        Raises:
+            StorageError: The file cannot be read, or there was one and it is gone.
+        """
+        found = keys.read(self._storage)
+        if found is None and self._of_file is not None:
+            raise StorageError(f"{self._storage.uri(*FILE)} is gone", "restore it, or make keys and deploy again")
+        self._of_file = found
+        ring = found or keys.new_ring()
+        if self._environment is None or any(key.matches(self._environment[0]) for key in ring.keys):
+            return ring
+        return KeyRing(ring.user_salt, (*ring.keys, self._environment[1]))
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                self._ring = await asyncio.to_thread(self._read)
+                if self._is_stale:
+                    logger.info("API keys can be read again")
+                self._is_stale = False
+            except Exception as error:  # whatever it is: were this loop to end, revoked keys would stay open
+                if not self._is_stale:
+                    logger.error("API keys cannot be read, those known before stay: %s", error)
+                self._is_stale = True
 
 
 def ensure_key(storage: Storage) -> str | None:
     """See to it that there is a key; returns a newly made one, to be shown this once.
 
-    A changed RAYLOOP_API_KEY takes the place of the one before.
+    A changed RAYLOOP_API_KEY takes the place of the one before. Keys that were all revoked, or have expired, are keys:
+    none is made behind the back of who did that.
     """
-    keys, user_salt = _read(storage)
     environment = os.environ.get(VARIABLE)
-    if environment:
-        if not any(key.matches(environment) for key in keys):
-            kept = (key for key in keys if key.source != "environment")
-            _write(storage, (*kept, _stored("environment", environment)), user_salt)
-        return None
-    if keys:
-        return None
-    made = PREFIX + secrets.token_hex(24)
-    _write(storage, (_stored("made", made),), user_salt)
-    return made
+
+    def ensured(ring: KeyRing) -> tuple[KeyRing, str | None]:
+        if environment:
+            if any(key.matches(environment) for key in ring.keys):
+                return ring, None
+            kept = (key for key in ring.keys if key.source != "environment")
+            taken = keys.stored_key(environment, "environment", "environment", _now())
+            return KeyRing(ring.user_salt, (*kept, taken)), None
+        if ring.keys:
+            return ring, None
+        after, made = ring.with_new(_now(), "made")
+        return after, made.key
+
+    return keys.change(storage, ensured)
 
 
-def _stored(source: str, key: str) -> StoredKey:
-    salt = secrets.token_hex(16)
-    return StoredKey(source, salt, _hash(salt, key), now())
+def _said(scopes: tuple[Scope, ...]) -> str:
+    return ", ".join(f"`{scope}`" for scope in scopes)
 
 
-def _hash(salt: str, key: str) -> str:
-    return hashlib.sha256((salt + key).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _read(storage: Storage) -> tuple[tuple[StoredKey, ...], str]:
-    """The keys, and the salt of users' pseudonyms: of the file, or none and a new one."""
-    if not storage.exists(*_FILE):
-        return (), secrets.token_hex(16)
-    try:
-        content = json.loads(storage.read(*_FILE))
-        return tuple(StoredKey(**key) for key in content["keys"]), str(content["user_salt"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(
-            f"{storage.uri(*_FILE)} is damaged ({error})", "restore it, or remove it to make a new key"
-        ) from error
-
-
-def _write(storage: Storage, keys: tuple[StoredKey, ...], user_salt: str) -> None:
-    content = {"user_salt": user_salt, "keys": [asdict(key) for key in keys]}
-    storage.write(json.dumps(content, indent=2).encode(), *_FILE)
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

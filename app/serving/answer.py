@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.errors import RequestError
-from app.serving import openai_format
+from app.serving import limits, openai_format
 from app.serving.schema import AnswerRequest, Conclusion, Delta, Draft, Event, Finished, Insight, Refused, Started
 from app.serving.tools import CallReader, Piece
 from app.settings.serving import VariantConfig
@@ -81,6 +81,8 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     first_token_s: float | None = None
+    deltas: int = 0
+    """Parts of replies that came so far, about as many as tokens."""
     settled: bool = False
     """Whether it has been handed to response management."""
     known: Insight = field(default_factory=Insight)
@@ -121,6 +123,7 @@ class Answer:
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
+            self.deltas += 1
             return self.replies[event.choice].take(event)
         elif isinstance(event, Finished):
             if not self.request.stream or self.first_token_s is None:
@@ -252,6 +255,7 @@ class Answering:
         self._prompt_tokens.inc(answer.prompt_tokens, tags)
         if answer.completion_tokens:
             self._completion_tokens.inc(answer.completion_tokens, tags)
+            limits.spend(answer.prompt_tokens + answer.completion_tokens)
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:
@@ -259,6 +263,8 @@ class Answering:
             answer.insight.cancel()
         if not answer.settled:
             answer.settled = True
+            if status == "error" or answer.request.stream:  # else nobody knows how much was written
+                limits.spend(0 if status == "error" else answer.prompt_tokens + answer.deltas)
             self._in_background(self._settle(answer.draft(status)))
 
     async def _settle(self, draft: Draft) -> Conclusion | Refused:

@@ -3,6 +3,7 @@
     client -> InputHandling -> LanguageModel (one deployment a variant)
                             -> Intent, Sentiment (small functions, beside the reply)
                             -> ResponseManagement
+                            -> RateLimits (one replica, asked for keys that have limits)
 
 Deployed by jobs/serve.py from the configuration; `import_path: app.serving.application:build_app`.
 """
@@ -16,10 +17,13 @@ from app.serving.autoscaling import autoscaling
 from app.serving.functions import IntentFunction, SentimentFunction
 from app.serving.input import InputHandling
 from app.serving.language_model import LanguageModel
+from app.serving.limits import RateLimits
 from app.serving.response import ResponseManagement
 from app.settings.serving import ReplicasConfig, ServingConfig
 
 HEALTH_CHECK_PERIOD_S = 3.0
+LEDGER = ReplicasConfig(cpus=0.0, max_ongoing_requests=1_000)
+"""The ledger of rate limits: two would each let the whole limit in."""
 
 
 def build_app(args: ServingConfig) -> serve.Application:
@@ -42,7 +46,9 @@ def build_app(args: ServingConfig) -> serve.Application:
         "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),
     }
     response = _deployment(args, ResponseManagement, "ResponseManagement", args.response).bind(args)
-    return _deployment(args, InputHandling, "InputHandling", args.input).bind(args, models, functions, response)
+    ledger = _deployment(args, RateLimits, "RateLimits", LEDGER).bind()
+    ingress = _deployment(args, InputHandling, "InputHandling", args.input)
+    return ingress.bind(args, models, functions, response, ledger)
 
 
 def _deployment(config: ServingConfig, kind: type, name: str, size: ReplicasConfig) -> serve.Deployment:

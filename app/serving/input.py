@@ -24,10 +24,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from app.errors import RequestError
+from app.serving import limits
 from app.serving.access import Access
 from app.serving.answer import Answer, Answering
 from app.serving.functions import Functions
 from app.serving.gate import Gate, error_response
+from app.serving.limits import Limiter
 from app.serving.models import Models
 from app.serving.openai_format import embeddings
 from app.serving.openapi import document
@@ -70,10 +72,12 @@ class InputHandling:
         language_models: Mapping[str, "DeploymentHandle[Any]"],
         functions: Mapping[str, "DeploymentHandle[Any]"],
         response: "DeploymentHandle[Any]",
+        ledger: "DeploymentHandle[Any]",
     ) -> None:
         set_up_logging(deployment="input")
         self._config = config
         self._access = Access(Storage(config.storage_uri))
+        self._limiter = Limiter(config, ledger)
         self._models = Models(config.variants)
         self._language_models, self._response = language_models, response
         self._answering = Answering(response)
@@ -85,10 +89,13 @@ class InputHandling:
         """Called by Serve at the start, and when settings change that need no new replica."""
         self._config = self._config.with_live(live)
         self._models.take(self._config.variants)
+        self._limiter.take(self._config)
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once the replica is made."""
-        routes = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+        routes = FastAPI(
+            openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._access.followed
+        )
         for path in PAGE:
             routes.add_api_route(path, self.page, methods=["GET"], response_model=None)
         routes.add_api_route("/health", self.health, methods=["GET"], response_model=None)
@@ -107,7 +114,7 @@ class InputHandling:
         routes.add_exception_handler(HTTPException, _refuse_http)
         for unavailable in (RayError, RayServeException, TimeoutError):
             routes.add_exception_handler(unavailable, _unavailable)
-        return Gate(routes, self._access, self._config.max_body_bytes)
+        return Gate(routes, self._access, self._limiter, self._config)
 
     async def page(self, request: Request) -> Response:
         """The chat page and its parts."""
@@ -176,6 +183,7 @@ class InputHandling:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             embedded = await self._language_models[variant.name].embed.remote(asked.prompts)
         _raise_refused(embedded)
+        limits.spend(embedded.prompt_tokens)
         size = len(embedded.vectors[0])
         if body.dimensions not in (None, size):
             what = f"dimensions={body.dimensions} is not supported: this model's vectors have {size}"
@@ -229,15 +237,10 @@ class InputHandling:
         return JSONResponse(chain)
 
     async def _body(self, request: Request) -> bytes:
-        limit, body = self._config.max_body_bytes, bytearray()
         try:
-            async for part in request.stream():
-                body += part
-                if len(body) > limit:
-                    raise RequestError(413, f"the body is larger than {limit} bytes", "body_too_large")
+            return await request.body()
         except ClientDisconnect:
             raise RequestError(400, "the connection closed before the body was complete", "incomplete_body") from None
-        return bytes(body)
 
 
 def _raise_refused(result: Any) -> None:

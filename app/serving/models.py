@@ -63,7 +63,9 @@ class Models:
     def _named(self, name: str) -> list[VariantConfig]:
         if name not in self._names:
             known = ", ".join(self._names)
-            raise RequestError(404, f"there is no model {name!r} here; there are {known}", "model_not_found", "model")
+            raise RequestError(
+                404, f"there is no model {name[:200]!r} here; there are {known}", "model_not_found", "model"
+            )
         return self._names[name]
 
 

@@ -5,6 +5,7 @@ for nothing (`"store": false`, `"functions": []`), and refused otherwise.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,12 @@ from app.settings.serving import ServingConfig
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions."""
+MAX_KEYS = 2 * bodies.MAX_LOGIT_BIASES
+"""In one JSON object; what is wrong with 80,000 of them takes half a second to say."""
+MAX_TOLD_CHARS = 200
+"""Of a name that is told back."""
+MAX_ITEMS = 65_536
+"""In a list, where no other limit holds: tokens of a prompt."""
 
 # Fields of OpenAI's that are not supported, and the values that ask for nothing beyond null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -48,11 +55,11 @@ def parse_chat(body: bytes, config: ServingConfig) -> AnswerRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    chat = _parsed(bodies.ChatCompletionBody, body)
-    choice = _tool_choice(chat, config.max_tools)
+    chat = _parsed(bodies.ChatCompletionBody, body, config)
+    choice = _tool_choice(chat)
     schema, description = _schema(chat.response_format)
     offered = _as_json(chat.tools) if choice.kind != "none" else ()
-    messages = turns(chat.messages, config.max_messages, description)
+    messages = turns(chat.messages, description)
     return AnswerRequest(
         endpoint="chat",
         model=chat.model,
@@ -129,15 +136,15 @@ def parse_tokenize(body: bytes, config: ServingConfig) -> TextRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    asked = _parsed(bodies.TokenizeBody, body)
+    asked = _parsed(bodies.TokenizeBody, body, config)
     if (asked.prompt is None) == (asked.messages is None):
         raise RequestError(400, "give either prompt or messages", "invalid_value", "prompt")
     if asked.messages is None:
         if asked.tools:
             raise RequestError(400, "tools need messages", "invalid_value", "tools")
         return TextRequest(asked.model, (asked.prompt or "",))
-    _functions(asked.tools or [], config.max_tools)
-    return TextRequest(asked.model, (turns(asked.messages, config.max_messages),), _as_json(asked.tools))
+    _functions(asked.tools or [])
+    return TextRequest(asked.model, (turns(asked.messages),), _as_json(asked.tools))
 
 
 def parse_detokenize(body: bytes) -> TextRequest:
@@ -186,10 +193,12 @@ def _no_constant(name: str) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has {len(pairs)} keys, at most {MAX_KEYS} are taken")
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name[:MAX_TOLD_CHARS]!r} stands twice in an object")
     return found
 
 
@@ -281,8 +290,8 @@ def _schema(asked: bodies.ResponseFormat | None) -> tuple[dict[str, Any] | None,
     return asked.json_schema.schema_ or ANY_OBJECT, asked.json_schema.description or ""
 
 
-def _tool_choice(chat: bodies.ChatCompletionBody, most: int) -> ToolChoice:
-    functions = _functions(chat.tools or [], most)
+def _tool_choice(chat: bodies.ChatCompletionBody) -> ToolChoice:
+    functions = _functions(chat.tools or [])
     asked = chat.tool_choice
     if not functions:
         if asked not in (None, "none", "auto"):
@@ -301,9 +310,7 @@ def _tool_choice(chat: bodies.ChatCompletionBody, most: int) -> ToolChoice:
     return ToolChoice("named", chosen, parallel)
 
 
-def _functions(given: Sequence[bodies.Tool], most: int) -> tuple[Function, ...]:
-    if len(given) > most:
-        raise RequestError(400, f"{len(given)} tools are too many: at most {most} are taken", "invalid_value", "tools")
+def _functions(given: Sequence[bodies.Tool]) -> tuple[Function, ...]:
     names = [tool.function.name for tool in given]
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -323,11 +330,22 @@ def _as_json(given: Sequence[bodies.Tool] | None) -> tuple[str, ...]:
     )
 
 
+def _check_counts(fields: dict[str, Any], config: ServingConfig | None) -> None:
+    """Before they are looked at: what is wrong with 300,000 of them takes seconds to say."""
+    most = {"messages": config.max_messages, "tools": config.max_tools} if config else {}
+    for name, value in fields.items():
+        allowed = most.get(name, MAX_ITEMS)
+        if isinstance(value, list) and len(value) > allowed:
+            code = "too_many_messages" if name == "messages" else "invalid_value"
+            raise RequestError(400, f"{len(value)} {name} are too many: at most {allowed} are taken", code, name)
+
+
 BodyType = TypeVar("BodyType", bound=bodies.Body)
 
 
-def _parsed(kind: type[BodyType], body: bytes) -> BodyType:
+def _parsed(kind: type[BodyType], body: bytes, config: ServingConfig | None = None) -> BodyType:
     fields = parse_json(body)
+    _check_counts(fields, config)
     for name, harmless in NEUTRAL.items():
         if name not in kind.model_fields:
             value = fields.pop(name, None)
@@ -338,7 +356,7 @@ def _parsed(kind: type[BodyType], body: bytes) -> BodyType:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error.errors()[0]) from None
+        raise _refusal(error.errors(include_url=False, include_context=False, include_input=False)[0]) from None
 
 
 def _refusal(problem: ErrorDetails) -> RequestError:
@@ -353,6 +371,7 @@ def _refusal(problem: ErrorDetails) -> RequestError:
             param += f".{part}"
         else:
             break  # the rest tells apart the types that a field may have
+    param = param[:MAX_TOLD_CHARS]
     if problem["type"] == "extra_forbidden":
         return RequestError(400, f"{param} is not a known field", "unknown_parameter", param)
     if problem["type"] == "missing":

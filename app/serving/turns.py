@@ -8,20 +8,15 @@ from app.errors import RequestError
 from app.serving import bodies, tools
 
 
-def turns(messages: Sequence[bodies.Message], most: int, wanted: str = "") -> tuple[Message, ...]:
+def turns(messages: Sequence[bodies.Message], wanted: str = "") -> tuple[Message, ...]:
     """The turns, checked for an order that makes sense.
 
     Args:
-        most: Messages at most.
         wanted: How the request describes the JSON it asks for; the system text ends with it.
 
     Raises:
         RequestError: 400, naming the message.
     """
-    if len(messages) > most:
-        raise RequestError(
-            400, f"{len(messages)} messages are too many: at most {most} are taken", "too_many_messages", "messages"
-        )
     made: list[Message] = []
     open_calls: dict[str, str] = {}
     for place, message in enumerate(messages):

@@ -127,6 +127,8 @@ class ServingConfig(Section):
     """Temperature when the request names none. 0 gives the most probable reply; OpenAI's own default is 1."""
     max_body_bytes: Count = 1_000_000
     """A larger request body is refused."""
+    body_timeout_s: Positive = 30.0
+    """How long a request body may take to arrive; a slower sender is told so and its connection closed."""
     max_messages: Count = 100
     """More messages in a request are refused."""
     max_tools: Count = 128
@@ -135,6 +137,10 @@ class ServingConfig(Section):
     """Replies to one prompt at most: `n`."""
     max_prompts: Annotated[int, Field(ge=1, le=2_048)] = 64
     """Prompts of one completion request, and texts of one embedding request, at most."""
+    requests_per_minute: Count | None = None
+    """Requests that a key without a limit of its own may send in any minute; null: as many as it likes."""
+    tokens_per_minute: Count | None = None
+    """Tokens of prompts and replies that such a key may spend in any minute; null: as many as it likes."""
     handover: HandoverConfig = HandoverConfig()
     """When a person takes over."""
     deploy_timeout_s: Positive = 180.0
@@ -177,6 +183,8 @@ LIVE = (
     "max_tools",
     "max_choices",
     "max_prompts",
+    "requests_per_minute",
+    "tokens_per_minute",
     "handover",
 )
 """Settings that take effect without new replicas, beside the variants' weights."""

@@ -75,7 +75,7 @@ def test_the_job_says_where_it_answers(service: Service) -> None:
     line = service.last_line
     assert (line["stage"], line["status"], line["outputs"]["url"]) == ("serve", "done", service.url)
     assert [variant["name"] for variant in line["outputs"]["variants"]] == ["champion"]
-    assert line["figures"]["replicas"] == 5
+    assert line["figures"]["replicas"] == 6
 
 
 def test_the_official_client_gets_whole_answers(client: openai.OpenAI) -> None:
