@@ -66,6 +66,8 @@ class Exchange:
     """Mean probability of the reply's tokens."""
     sentiment: float | None = None
     """How the customer feels, from -1 to 1, if that is known."""
+    rule: str | None = None
+    """Name of the rule by which the question was refused; the model was not asked."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the caller attached to the request."""
     endpoint: Literal["chat", "completions"] = "chat"
@@ -77,8 +79,8 @@ class Exchange:
 
     @property
     def is_conversation(self) -> bool:
-        """Whether a customer and the model talked with each other in words alone."""
-        return self.endpoint == "chat" and not self.tools and bool(self.messages)
+        """Whether a customer and the model talked with each other, in words alone."""
+        return self.endpoint == "chat" and not self.tools and self.rule is None and bool(self.messages)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def now() -> str:
 def new_response_id(prefix: Literal["chatcmpl", "cmpl"] = "chatcmpl") -> str:
     """An id that cannot be guessed and says when its request came in, so that `find` reads few files."""
     return f"{prefix}-{_milliseconds():011x}{secrets.token_hex(10)}"
+
+
+def is_response_id(text: str) -> bool:
+    """Whether it could be one that `new_response_id` gave."""
+    return bool(_ID.match(text))
 
 
 def new_writer(name: str) -> str:

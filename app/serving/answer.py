@@ -5,8 +5,9 @@ import contextvars
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from ray.exceptions import RayError
@@ -17,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from app.errors import RequestError
 from app.serving import limits, openai_format
+from app.serving.conversations import Turn
 from app.serving.schema import AnswerRequest, Conclusion, Delta, Draft, Event, Finished, Insight, Refused, Started
 from app.serving.tools import CallReader, Piece
-from app.settings.serving import VariantConfig
+from app.settings.serving import RuleConfig, VariantConfig
 from app.telemetry import (
     COMPLETION_TOKENS,
     END_TO_END_LATENCY,
@@ -78,6 +80,10 @@ class Answer:
     insight: "asyncio.Task[Insight] | None"
     """What the small functions find out about the question."""
     user_hash: str | None
+    rule: RuleConfig | None = None
+    """That refuses the question."""
+    turn: Turn | None = None
+    """What it adds to a conversation that is remembered."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     first_token_s: float | None = None
@@ -88,10 +94,18 @@ class Answer:
     known: Insight = field(default_factory=Insight)
     """What they found out in time."""
 
+    is_trial: bool = False
+    """Whether another variant will be asked if this one does not begin."""
+    dropped_messages: int = 0
+
     def __post_init__(self) -> None:
         self.replies = [Writing(self.request) for _ in range(self.request.generation.choices)]
+
+    @cached_property
+    def frame(self) -> openai_format.ChatFrame | openai_format.CompletionFrame:
+        """Of everything sent to the client, once the variant is certain."""
         created = int(time.time() - (time.monotonic() - self.begun_s))
-        self.frame = openai_format.FRAMES[self.request.endpoint](
+        return openai_format.FRAMES[self.request.endpoint](
             self.response_id,
             created,
             f"{self.variant.model}/{self.variant.version}",
@@ -99,7 +113,22 @@ class Answer:
             self.request.sampling.top_logprobs is not None,
             self.request.include_usage,
         )
-        """Of everything sent to the client."""
+
+    def ours(self, conclusion: Conclusion) -> dict[str, Any]:
+        """What we tell beyond OpenAI's fields."""
+        told = {
+            "handover": conclusion.handover is not None,
+            "reason": conclusion.handover,
+            "intent": self.known.intent.label if self.known.intent else None,
+            "sentiment": self.known.sentiment,
+            "variant": self.variant.name,
+        }
+        if self.rule:
+            told["rule"] = self.rule.name
+        if self.turn:
+            told["conversation_id"] = self.turn.conversation_id
+            told["dropped_messages"] = self.dropped_messages
+        return told
 
     @property
     def is_finished(self) -> bool:
@@ -120,6 +149,7 @@ class Answer:
         """Note what the language model sent; returns what the client may read now."""
         if isinstance(event, Started):
             self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.cached_tokens
+            self.dropped_messages = event.dropped_messages
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
@@ -158,28 +188,36 @@ class Answer:
             other_replies=tuple(other.reply for other in others),
             tools=tuple(json.loads(tool)["function"]["name"] for tool in self.request.tools),
             takes_text=not self.request.is_json and not any(reply.choice.calls for reply in self.replies),
+            rule=self.rule.name if self.rule else None,
+            turn=self.turn,
+            message=first.choice.message,
         )
 
 
 class Answering:
     """Makes answers with a language model and response management."""
 
-    def __init__(self, response: "DeploymentHandle[Any]") -> None:
-        self._response = response
+    def __init__(self, response: "DeploymentHandle[Any]", fallback_after_s: float) -> None:
+        self._response, self._fallback_after_s = response, fallback_after_s
         self._background: set[asyncio.Task[Any]] = set()
+        self._waking: dict[str, asyncio.Task[Any]] = {}
+        """By variant, what ends once a replica of it is there."""
         self._time_to_first_token, self._latency = histogram(TIME_TO_FIRST_TOKEN), histogram(END_TO_END_LATENCY)
         self._prompt_tokens, self._completion_tokens = counter(PROMPT_TOKENS), counter(COMPLETION_TOKENS)
 
-    async def answer(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> Response:
-        """The HTTP response: JSON, or a stream of events once the language model has accepted the question.
+    async def answer(
+        self, answer: Answer, language_models: Sequence[tuple[VariantConfig, "DeploymentHandle[Any]"]]
+    ) -> Response:
+        """The HTTP response: JSON, or a stream of events once a language model has accepted the question.
+
+        Args:
+            language_models: To be asked in turn, the next one if one does not accept the question soon.
 
         Raises:
             RequestError: The language model or response management refused.
             RayError, TimeoutError: A replica is gone.
         """
-        events = self._events(answer, language_model)
-        async with asyncio.timeout(START_TIMEOUT_S):
-            answer.take(await anext(events))
+        events = self._refused(answer) if answer.rule else await self._begun(answer, language_models)
         headers = {"x-rayloop-variant": answer.variant.name}
         if answer.request.stream:
             return _EventStream(self._stream(answer, events), headers=headers, media_type="text/event-stream")
@@ -189,8 +227,53 @@ class Answering:
         for reply in answer.replies:
             reply.choice.text += conclusion.added
         choices = [reply.choice for reply in answer.replies]
-        ours = answer.frame.ours(conclusion, answer.known)
+        ours = answer.ours(conclusion)
         return JSONResponse(answer.frame.whole(choices, answer.usage, ours), headers=headers)
+
+    async def _begun(
+        self, answer: Answer, language_models: Sequence[tuple[VariantConfig, "DeploymentHandle[Any]"]]
+    ) -> AsyncGenerator[Event, None]:
+        """The events of the first language model that accepts the question, behind that."""
+        for place, (variant, handle) in enumerate(language_models, start=1):
+            answer.is_trial = place < len(language_models)
+            if answer.is_trial and variant.name in self._waking:
+                continue
+            answer.variant = variant
+            events = self._events(answer, handle)
+            try:
+                async with asyncio.timeout(self._fallback_after_s if answer.is_trial else START_TIMEOUT_S):
+                    answer.take(await anext(events))
+                answer.is_trial = False
+                return events
+            except (TimeoutError, RayError, RayServeException):
+                if not answer.is_trial:
+                    raise
+                self._wake(variant.name, handle)
+            except RequestError as error:
+                if not answer.is_trial or error.status not in (429, 503):
+                    raise
+        raise AssertionError("the last one is no trial")
+
+    def _wake(self, variant: str, handle: "DeploymentHandle[Any]") -> None:
+        """Keep one request waiting for a variant, so that a replica of it is started, and notice when it is there."""
+        if variant not in self._waking:
+            self._waking[variant] = self._in_background(self._ready(variant, handle))
+
+    async def _ready(self, variant: str, handle: "DeploymentHandle[Any]") -> None:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await handle.ready.remote()
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("variant %s is not there yet: %s", variant, type(error).__name__)
+        finally:
+            del self._waking[variant]
+
+    async def _refused(self, answer: Answer) -> AsyncGenerator[Event, None]:
+        """What a rule says instead of a language model."""
+        assert answer.rule
+        for choice in range(len(answer.replies)):
+            yield Delta(answer.rule.message, choice=choice)
+            yield Finished("content_filter", 0, 1.0, 0.0, choice)
 
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
         """The language model's events. An answer that breaks off is cancelled and recorded."""
@@ -198,7 +281,7 @@ class Answering:
         try:
             async for event in source:
                 if isinstance(event, Refused):
-                    answer.settled = True  # never begun, so nothing to record
+                    answer.settled = not answer.is_trial  # never begun, so nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)
                 yield event
             if not answer.is_finished:
@@ -224,7 +307,7 @@ class Answering:
                     for chunk in frame.chunks(event.choice, pieces, logprobs):
                         yield openai_format.event(chunk)
             conclusion = await self._conclude(answer)
-            ours = frame.ours(conclusion, answer.known)
+            ours = answer.ours(conclusion)
             for index, reply in enumerate(answer.replies):
                 for chunk in frame.chunks(index, [conclusion.added] if conclusion.added else [], ()):
                     yield openai_format.event(chunk)
@@ -252,16 +335,17 @@ class Answering:
         tags = {"variant": answer.variant.name}
         self._time_to_first_token.observe(answer.first_token_s or 0.0, tags)
         self._latency.observe(time.monotonic() - answer.begun_s, tags)
-        self._prompt_tokens.inc(answer.prompt_tokens, tags)
+        if answer.prompt_tokens:
+            self._prompt_tokens.inc(answer.prompt_tokens, tags)
         if answer.completion_tokens:
             self._completion_tokens.inc(answer.completion_tokens, tags)
             limits.spend(answer.prompt_tokens + answer.completion_tokens)
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:
-        if answer.insight:
+        if answer.insight and not answer.is_trial:
             answer.insight.cancel()
-        if not answer.settled:
+        if not answer.settled and not answer.is_trial:
             answer.settled = True
             if status == "error" or answer.request.stream:  # else nobody knows how much was written
                 limits.spend(0 if status == "error" else answer.prompt_tokens + answer.deltas)

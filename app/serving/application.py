@@ -36,7 +36,7 @@ def build_app(args: ServingConfig) -> serve.Application:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
     models = {
-        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{variant.name}", args.language_model).bind(
+        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{variant.name}", args.size(variant)).bind(
             args, variant
         )
         for variant in args.variants

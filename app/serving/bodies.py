@@ -9,6 +9,7 @@ MAX_LOGIT_BIASES = 1_024
 MAX_COMMENT_CHARS = 4_000
 TOKEN_PATTERN = r"^(0|[1-9][0-9]{0,8})$"
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+CONVERSATION_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
 _TEXT_PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -191,6 +192,7 @@ class ChatCompletionBody(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    conversation_id: Annotated[str, Field(pattern=CONVERSATION_PATTERN)] | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -232,6 +234,12 @@ class DetokenizeBody(Body):
 
     model: str
     tokens: Tokens
+
+
+class TakeBody(Body):
+    """POST /v1/handovers/{response_id}/take"""
+
+    agent: Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class FeedbackBody(Body):

@@ -78,6 +78,7 @@ class Gate:
                 await error_response(error.status, str(error), error.code, error.param)(scope, receive, send_on)
             else:
                 visiting(visit)
+                scope.setdefault("state", {})["key"] = key
                 await self._app(scope, body.receive, send_on)
         except Exception as error:
             # The message may quote the customer; the place where it happened does not.

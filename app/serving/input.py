@@ -2,6 +2,7 @@
 
     POST /v1/chat/completions   POST /v1/completions   POST /v1/embeddings   POST /tokenize   POST /detokenize
     GET /v1/models   GET /v1/models/{id}   POST /v1/feedback   GET /v1/why/{response_id}   GET /openapi.json
+    GET /v1/handovers   POST /v1/handovers/{response_id}/take
     GET /health (this replica lives)   GET /ready (every variant's model is loaded)   GET / (the chat page)
 
 An answer's way: this deployment checks the question, a language model writes the reply while small functions look at
@@ -27,18 +28,23 @@ from app.errors import RequestError
 from app.serving import limits
 from app.serving.access import Access
 from app.serving.answer import Answer, Answering
+from app.serving.bodies import ChatCompletionBody
+from app.serving.conversations import Turn
 from app.serving.functions import Functions
 from app.serving.gate import Gate, error_response
+from app.serving.guard import Guard
 from app.serving.limits import Limiter
 from app.serving.models import Models
 from app.serving.openai_format import embeddings
 from app.serving.openapi import document
 from app.serving.requests import (
+    chat_request,
     parse_chat,
     parse_completion,
     parse_detokenize,
     parse_embedding,
     parse_feedback,
+    parse_take,
     parse_tokenize,
 )
 from app.serving.schema import AnswerRequest, Refused
@@ -50,6 +56,8 @@ from app.traffic import new_response_id, now
 CALL_TIMEOUT_S = 60.0
 """How long a client waits for another deployment, say while a killed replica is replaced, before it reads 503."""
 READY_TIMEOUT_S = 3.0
+MAX_HANDOVERS = 100
+"""Told at once."""
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -80,7 +88,8 @@ class InputHandling:
         self._limiter = Limiter(config, ledger)
         self._models = Models(config.variants)
         self._language_models, self._response = language_models, response
-        self._answering = Answering(response)
+        self._answering = Answering(response, config.fallback_after_s)
+        self._guard = Guard(config)
         self._functions = Functions(functions, config.functions.deadline_s)
         page = resources.files("app.serving") / "page"
         self._page = {path: (page / name).read_bytes() for path, (name, _) in PAGE.items()}
@@ -90,6 +99,7 @@ class InputHandling:
         self._config = self._config.with_live(live)
         self._models.take(self._config.variants)
         self._limiter.take(self._config)
+        self._guard = Guard(self._config)
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once the replica is made."""
@@ -109,6 +119,8 @@ class InputHandling:
         routes.add_api_route("/detokenize", self.detokenize, methods=["POST"], response_model=None)
         routes.add_api_route("/openapi.json", self.openapi, methods=["GET"], response_model=None)
         routes.add_api_route("/v1/feedback", self.feedback, methods=["POST"], response_model=None)
+        routes.add_api_route("/v1/handovers", self.handovers, methods=["GET"], response_model=None)
+        routes.add_api_route("/v1/handovers/{response_id}/take", self.take, methods=["POST"], response_model=None)
         routes.add_api_route("/v1/why/{response_id}", self.why, methods=["GET"], response_model=None)
         routes.add_exception_handler(RequestError, _refuse)
         routes.add_exception_handler(HTTPException, _refuse_http)
@@ -128,7 +140,9 @@ class InputHandling:
 
     async def ready(self) -> Response:
         """200 once a replica of every variant says that its model is loaded, 503 before."""
-        calls = [handle.ready.remote() for handle in self._language_models.values()]
+        # One that may scale to zero would be woken by the question.
+        kept = [variant.name for variant in self._config.variants if self._config.size(variant).least > 0]
+        calls = [self._language_models[name].ready.remote() for name in kept]
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 models = [await call for call in calls]
@@ -153,8 +167,10 @@ class InputHandling:
     async def chat(self, request: Request) -> Response:
         """An answer, whole or streamed."""
         begun_s, received_at = time.monotonic(), now()
-        asked = parse_chat(await self._body(request), self._config)
-        return await self._answer(asked, new_response_id(), begun_s, received_at)
+        chat = parse_chat(await self._body(request), self._config)
+        turn, said = await self._conversation(request, chat)
+        asked = chat_request(chat, self._config, said)
+        return await self._answer(asked, new_response_id(), begun_s, received_at, turn)
 
     async def complete(self, request: Request) -> Response:
         """A text gone on with, whole or streamed."""
@@ -162,19 +178,41 @@ class InputHandling:
         asked = parse_completion(await self._body(request), self._config)
         return await self._answer(asked, new_response_id("cmpl"), begun_s, received_at)
 
-    async def _answer(self, asked: AnswerRequest, response_id: str, begun_s: float, received_at: str) -> Response:
+    async def _conversation(
+        self, request: Request, chat: ChatCompletionBody
+    ) -> tuple[Turn | None, list[dict[str, Any]]]:
+        """What the request adds to a conversation that is remembered, and what was said in it before."""
+        if chat.conversation_id is None:
+            return None, []
+        owner = request.state.key.name
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            said = await self._response.conversation.remote(owner, chat.conversation_id)
+        _raise_refused(said)
+        new = tuple(message.model_dump(exclude_none=True) for message in chat.messages)
+        return Turn(owner, chat.conversation_id, len(said), new), said
+
+    async def _answer(
+        self, asked: AnswerRequest, response_id: str, begun_s: float, received_at: str, turn: Turn | None = None
+    ) -> Response:
+        asked, is_chat = self._guard.masked(asked), asked.endpoint == "chat"
         user_hash = self._access.pseudonym(asked.user) if asked.user else None
-        variant = self._models.resolve(asked.model, user_hash or response_id)
+        who = f"{turn.owner} {turn.conversation_id}" if turn else response_id
+        variant = self._models.resolve(asked.model, user_hash or who)
+        insight = self._functions.ask(asked.question, variant.name) if is_chat else None
+        intent = (await insight).intent if insight and self._guard.needs_intent else None
         answer = Answer(
             response_id=response_id,
             received_at=received_at,
             begun_s=begun_s,
             request=asked,
             variant=variant,
-            insight=self._functions.ask(asked.question, variant.name) if asked.endpoint == "chat" else None,
+            insight=insight,
             user_hash=user_hash,
+            rule=self._guard.rule(asked.question, intent) if is_chat else None,
+            turn=turn,
         )
-        return await self._answering.answer(answer, self._language_models[variant.name])
+        chain = self._models.chain(variant)
+        return await self._answering.answer(answer, [(each, self._language_models[each.name]) for each in chain])
 
     async def embed(self, request: Request) -> Response:
         """Texts as vectors."""
@@ -228,6 +266,24 @@ class InputHandling:
         return JSONResponse(
             {"object": "feedback", "response_id": logged.response_id, "received_at": logged.received_at}
         )
+
+    async def handovers(self, request: Request) -> Response:
+        """Answers that wait for a person, oldest first."""
+        given = request.query_params.get("limit", "20")
+        if not (given.isdecimal() and 1 <= int(given[:4]) <= MAX_HANDOVERS):
+            raise RequestError(400, f"limit must be 1 to {MAX_HANDOVERS}, got {given[:20]!r}", "invalid_value", "limit")
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            waiting = await self._response.waiting.remote(int(given))
+        _raise_refused(waiting)
+        return JSONResponse({"object": "list", "data": waiting})
+
+    async def take(self, request: Request, response_id: str) -> Response:
+        """Take an answer over; of two people only one gets it."""
+        agent = parse_take(await self._body(request))
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            taken = await self._response.take.remote(response_id, agent)
+        _raise_refused(taken)
+        return JSONResponse(taken)
 
     async def why(self, response_id: str) -> Response:
         """The chain behind an answer."""

@@ -58,7 +58,7 @@ class LanguageModel:
             tokenizer,
             slots=config.max_batch_slots,
             context_tokens=config.context_tokens,
-            max_waiting=max(config.max_batch_slots, config.language_model.max_ongoing_requests),
+            max_waiting=max(config.max_batch_slots, config.size(variant).max_ongoing_requests),
         )
         vocabulary = model.config.get_text_config().vocab_size
         self._prompts = Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
@@ -78,7 +78,7 @@ class LanguageModel:
         if isinstance(prompts, Refused):
             yield prompts
             return
-        replies = self._prompts.replies(request, prompts, deliver)
+        replies = self._prompts.replies(request, prompts.ids, deliver)
         try:
             if request.sampling.grammar:
                 await asyncio.to_thread(self._engine.prepare, replies)
@@ -93,7 +93,7 @@ class LanguageModel:
             return
         self._show_slots()
         try:
-            yield Started(sum(len(prompt) for prompt in prompts))
+            yield Started(sum(len(prompt) for prompt in prompts.ids), dropped_messages=prompts.dropped_messages)
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
             async for event in _merged(events, request.stream, request.choices):

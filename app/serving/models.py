@@ -41,6 +41,14 @@ class Models:
                 return variant
         return candidates[-1]
 
+    def chain(self, variant: VariantConfig) -> list[VariantConfig]:
+        """A variant, the one that it falls back on, and so on."""
+        found = [variant]
+        by_name = {each.name: each for each in self._variants}
+        while (name := found[-1].fallback) is not None and by_name[name] not in found:
+            found.append(by_name[name])
+        return found
+
     @property
     def names(self) -> tuple[str, ...]:
         """All that `model` may say."""

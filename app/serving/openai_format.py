@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from app.serving.schema import Conclusion, Embedded, Insight, TokenLogprob
+from app.serving.schema import Embedded, TokenLogprob
 from app.serving.tools import CallArguments, CallBegun, Piece
 
 ERROR_TYPES = {
@@ -31,6 +31,12 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
 
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply as a message of a conversation."""
+        content = self.text or None if self.calls else self.text
+        return {"role": "assistant", "content": content, **({"tool_calls": self.calls} if self.calls else {})}
+
     def add(self, piece: Piece) -> None:
         """Take the next part of the reply."""
         if isinstance(piece, str):
@@ -53,16 +59,6 @@ class Frame:
     tells_usage: bool
     """Whether a stream ends with the usage."""
 
-    def ours(self, conclusion: Conclusion, known: Insight) -> dict[str, Any]:
-        """What we tell beyond OpenAI's fields."""
-        return {
-            "handover": conclusion.handover is not None,
-            "reason": conclusion.handover,
-            "intent": known.intent.label if known.intent else None,
-            "sentiment": known.sentiment,
-            "variant": self.variant,
-        }
-
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.response_id, "object": kind, "created": self.created, "model": self.model}
 
@@ -81,12 +77,7 @@ class ChatFrame(Frame):
             "choices": [
                 {
                     "index": index,
-                    "message": {
-                        "role": "assistant",
-                        "content": choice.text or None if choice.calls else choice.text,
-                        "refusal": None,
-                        **({"tool_calls": choice.calls} if choice.calls else {}),
-                    },
+                    "message": {**choice.message, "refusal": None},
                     "logprobs": _chat_logprobs(choice.logprobs) if self.tells_logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }

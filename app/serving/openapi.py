@@ -18,6 +18,7 @@ _ERRORS = {
     404: "There is no such thing.",
     405: "This path does not take the method.",
     408: "The body came too slowly.",
+    409: "Somebody else was faster.",
     413: "The body is too large.",
     429: "Too many requests; `Retry-After` says when to try again.",
     500: "Something went wrong here.",
@@ -119,7 +120,7 @@ def document(models: tuple[str, ...]) -> dict[str, Any]:
 
     taken: list[type[BaseModel]] = [
         bodies.ChatCompletionBody, bodies.CompletionBody, bodies.EmbeddingBody, bodies.TokenizeBody,
-        bodies.DetokenizeBody, bodies.FeedbackBody,
+        bodies.DetokenizeBody, bodies.FeedbackBody, bodies.TakeBody,
     ]  # fmt: skip
     given: list[type[BaseModel]] = [
         ErrorBody, Embeddings, Tokenized, Detokenized, FeedbackTaken, ModelCard, ModelList,
@@ -151,6 +152,10 @@ def document(models: tuple[str, ...]) -> dict[str, Any]:
             "/v1/models": {"get": _operation("The names that `model` may be", "ModelList")},
             "/v1/models/{model}": {"get": _operation("One of them", "ModelCard", path="model")},
             "/v1/feedback": {"post": _operation("Judge an answer", "FeedbackTaken", "FeedbackBody")},
+            "/v1/handovers": {"get": _operation("Answers that wait for a person", None, query="limit")},
+            "/v1/handovers/{response_id}/take": {
+                "post": _operation("Take one over", None, "TakeBody", path="response_id")
+            },
             "/v1/why/{response_id}": {"get": _operation("The chain behind an answer", None, path="response_id")},
             "/tokenize": {"post": _operation("A text's or conversation's tokens", "Tokenized", "TokenizeBody")},
             "/detokenize": {"post": _operation("The text of tokens", "Detokenized", "DetokenizeBody")},
@@ -171,6 +176,7 @@ def _operation(
     streams: bool = False,
     path: str = "",
     public: bool = False,
+    query: str = "",
 ) -> dict[str, Any]:
     schema = {"$ref": _REF + answer} if answer else {"type": "object"}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
@@ -189,6 +195,9 @@ def _operation(
         operation["requestBody"] = required
     if path:
         operation["parameters"] = [{"name": path, "in": "path", "required": True, "schema": {"type": "string"}}]
+    if query:
+        number = {"type": "integer", "minimum": 1, "maximum": 100}
+        operation["parameters"] = [{"name": query, "in": "query", "schema": number}]
     if public:
         operation["security"] = []
     return operation

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +10,16 @@ from app.conversation import Message, normalised, prompt_ids
 from app.serving import tools as tool_format
 from app.serving.reply import Reply
 from app.serving.schema import Event, GenerationRequest, Prompt, Refused
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Prompts behind which a reply fits."""
+
+    ids: list[list[int]]
+    """Tokens of each"""
+    dropped_messages: int
+    """For which there was no room."""
 
 
 class Prompts:
@@ -47,19 +58,24 @@ class Prompts:
             return prompt_ids(self._tokenizer, tool_format.shown(messages, tools))
         return prompt_ids(self._tokenizer, messages, [json.loads(tool) for tool in tools])
 
-    def accepted(self, request: GenerationRequest) -> list[list[int]] | Refused:
+    def accepted(self, request: GenerationRequest) -> Accepted | Refused:
         """The prompts' tokens, if a reply fits into the context behind each of them."""
         for token, _ in request.sampling.logit_bias:
             if token >= self._vocabulary:
                 what = f"logit_bias names token {token}, the model has {self._vocabulary}"
                 return Refused(400, what, "invalid_value", "logit_bias")
-        accepted = []
+        accepted, dropped = [], 0
         for prompt in request.prompts:
             ids = self.token_ids(prompt, request.tools)
-            if refusal := self._refusal(ids, request.sampling.max_tokens, field_of(prompt)):
-                return refusal
+            while (refusal := self._refusal(ids, request.sampling.max_tokens, field_of(prompt))) is not None:
+                shorter = without_oldest_turn(prompt) if request.trims else prompt
+                if len(shorter) == len(prompt):
+                    return refusal
+                dropped += len(prompt) - len(shorter)
+                prompt = shorter
+                ids = self.token_ids(prompt, request.tools)
             accepted.append(ids)
-        return accepted
+        return Accepted(accepted, dropped)
 
     def replies(
         self, request: GenerationRequest, prompts: Sequence[Sequence[int]], deliver: Callable[[Event], None]
@@ -98,6 +114,20 @@ class Prompts:
             "context_length_exceeded",
             "max_tokens" if wanted and len(ids) < self.context_tokens else field,
         )
+
+
+def without_oldest_turn(prompt: Prompt) -> Prompt:
+    """A conversation without its first question and what was said to it; unchanged if only one is left."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [
+        place
+        for place, part in enumerate(prompt)
+        if isinstance(part, dict) and part["role"] == "user" and not part["content"].startswith(tool_format.RESULT_OPEN)
+    ]
+    if len(asked) < 2:
+        return prompt
+    return (*prompt[: asked[0]], *prompt[asked[1] :])
 
 
 def field_of(prompt: Prompt) -> str:

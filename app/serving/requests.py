@@ -6,7 +6,7 @@ for nothing (`"store": false`, `"functions": []`), and refused otherwise.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -49,23 +49,41 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def parse_chat(body: bytes, config: ServingConfig) -> AnswerRequest:
-    """A checked request for chat completions.
+def parse_chat(body: bytes, config: ServingConfig) -> bodies.ChatCompletionBody:
+    """The checked body of a request for chat completions.
 
     Raises:
         RequestError: 400, naming the parameter.
     """
-    chat = _parsed(bodies.ChatCompletionBody, body, config)
+    return _parsed(bodies.ChatCompletionBody, body, config)
+
+
+def chat_request(
+    chat: bodies.ChatCompletionBody, config: ServingConfig, said: Sequence[Mapping[str, Any]] = ()
+) -> AnswerRequest:
+    """A checked request for chat completions.
+
+    Args:
+        said: The messages that its conversation had before, in OpenAI's form.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
     choice = _tool_choice(chat)
     schema, description = _schema(chat.response_format)
     offered = _as_json(chat.tools) if choice.kind != "none" else ()
-    messages = turns(chat.messages, description)
+    if chat.conversation_id is not None and (chat.n or 1) > 1:
+        raise RequestError(
+            400, f"n={chat.n} with conversation_id: only one reply goes on with it", "invalid_value", "n"
+        )
+    whole = [*(bodies.Message.model_validate(message) for message in said), *chat.messages]
+    messages = turns(whole, description, len(said), config.system_prompt)
     return AnswerRequest(
         endpoint="chat",
         model=chat.model,
         prompts=(messages,),
         messages=messages,
-        question=question(chat.messages),
+        question=question(whole),
         sampling=_sampling(
             chat,
             config,
@@ -81,6 +99,7 @@ def parse_chat(body: bytes, config: ServingConfig) -> AnswerRequest:
         tools=offered,
         tool_choice=choice.kind,
         is_json=schema is not None,
+        trims=chat.conversation_id is not None,
     )
 
 
@@ -144,7 +163,7 @@ def parse_tokenize(body: bytes, config: ServingConfig) -> TextRequest:
             raise RequestError(400, "tools need messages", "invalid_value", "tools")
         return TextRequest(asked.model, (asked.prompt or "",))
     _functions(asked.tools or [])
-    return TextRequest(asked.model, (turns(asked.messages),), _as_json(asked.tools))
+    return TextRequest(asked.model, (turns(asked.messages, system=config.system_prompt),), _as_json(asked.tools))
 
 
 def parse_detokenize(body: bytes) -> TextRequest:
@@ -155,6 +174,15 @@ def parse_detokenize(body: bytes) -> TextRequest:
     """
     asked = _parsed(bodies.DetokenizeBody, body)
     return TextRequest(asked.model, (tuple(asked.tokens),))
+
+
+def parse_take(body: bytes) -> str:
+    """Who takes an answer over.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    return _parsed(bodies.TakeBody, body).agent
 
 
 def parse_feedback(body: bytes) -> FeedbackRequest:

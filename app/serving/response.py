@@ -2,10 +2,15 @@
 
 import asyncio
 import logging
+import time
+from dataclasses import replace
 from typing import Any
 
 from app import traffic
 from app.errors import ResponseNotFound, StorageError
+from app.privacy import Detector, Mask
+from app.serving.conversations import Conversations, WentOn
+from app.serving.handovers import Handovers, NotWaiting
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Refused
 from app.settings.serving import HandoverConfig, ServingConfig
 from app.storage import Storage
@@ -16,30 +21,86 @@ from app.why import why
 logger = logging.getLogger(__name__)
 
 
+SWEEP_S = 3_600.0
+"""How often old conversations are looked for."""
+
+
 class ResponseManagement:
     """Decides what the customer finally reads, and logs it before it is acknowledged."""
 
     def __init__(self, config: ServingConfig) -> None:
         set_up_logging(deployment="response")
         self._config = config
+        self._detector = Detector.of(config.privacy.detector)
         self._storage = Storage(config.storage_uri)
         self._log = traffic.TrafficLog(self._storage, traffic.new_writer("response"))
+        self._conversations = Conversations(self._storage, config.conversation_ttl_s)
+        self._swept_s = -SWEEP_S
+        self._queue = Handovers(self._storage)
         self._handovers, self._feedback = counter(HANDOVERS), counter(FEEDBACK)
 
     def reconfigure(self, live: dict[str, Any]) -> None:
         """Called by Serve at the start, and when settings change that need no new replica."""
         self._config = self._config.with_live(live)
+        self._detector = Detector.of(self._config.privacy.detector)
+
+    async def conversation(self, owner: str, conversation_id: str) -> list[dict[str, Any]] | Refused:
+        """What has been said in a conversation so far, in OpenAI's form."""
+        try:
+            return await asyncio.to_thread(self._conversations.messages, owner, conversation_id)
+        except StorageError as error:
+            logger.error("conversations cannot be read: %s", error)
+            return Refused(503, "the service cannot remember conversations at the moment", "log_unavailable")
 
     async def conclude(self, draft: Draft) -> Conclusion | Refused:
         """Settle an answer. It is on disk when this returns a Conclusion."""
         conclusion = concluded(draft, self._config.handover)
         try:
-            await asyncio.to_thread(self._log.append, _exchange(draft, conclusion))
+            await asyncio.to_thread(self._record, draft, conclusion)
         except StorageError as error:
             return _unlogged(error)
+        except WentOn:
+            what = "another request went on with this conversation meanwhile; send the message again"
+            return Refused(409, what, "conversation_went_on", "conversation_id")
         if conclusion.handover:
             self._handovers.inc(tags={"reason": conclusion.handover})
         return conclusion
+
+    def _record(self, draft: Draft, conclusion: Conclusion) -> None:
+        if draft.turn and draft.status == "ok":
+            self._conversations.check(draft.turn)
+        exchange = _exchange(draft, conclusion)
+        if self._config.privacy.mask_log:
+            exchange = masked(exchange, self._detector)
+        self._log.append(exchange)
+        if conclusion.handover and draft.status == "ok":
+            self._queue.add(exchange.response_id, _for_a_person(exchange))
+        if draft.turn and draft.status == "ok":
+            content = f"{draft.message['content'] or ''}{conclusion.added}" or None
+            self._conversations.add(draft.turn, {**draft.message, "content": content})
+            if time.monotonic() - self._swept_s > SWEEP_S:
+                self._swept_s = time.monotonic()
+                self._conversations.forget_old()
+
+    async def waiting(self, limit: int) -> list[dict[str, Any]] | Refused:
+        """Answers that wait for a person, oldest first."""
+        try:
+            return await asyncio.to_thread(self._queue.waiting, limit)
+        except StorageError as error:
+            return _unlogged(error)
+
+    async def take(self, response_id: str, agent: str) -> dict[str, Any] | Refused:
+        """Take an answer over."""
+        if not traffic.is_response_id(response_id):
+            return _unknown(response_id, None)
+        try:
+            return await asyncio.to_thread(self._queue.take, response_id, agent)
+        except NotWaiting as error:
+            if error.taken:
+                return Refused(409, f"{response_id} was taken by somebody else", "already_taken")
+            return _unknown(response_id, None)
+        except StorageError as error:
+            return _unlogged(error)
 
     async def feedback(self, request: FeedbackRequest) -> Feedback | Refused:
         """Log a judgement of an answer that was given. It is on disk when this returns a Feedback."""
@@ -47,7 +108,10 @@ class ResponseManagement:
             exchange, _ = await asyncio.to_thread(traffic.find, self._storage, request.response_id)
             if exchange is None:
                 return _unknown(request.response_id, "response_id")
-            feedback = Feedback(request.response_id, traffic.now(), request.rating, request.intent, request.comment)
+            comment = request.comment
+            if comment and self._config.privacy.mask_log:
+                comment = Mask(self._detector, [comment]).text(comment)
+            feedback = Feedback(request.response_id, traffic.now(), request.rating, request.intent, comment)
             await asyncio.to_thread(self._log.append, feedback)
         except StorageError as error:
             return _unlogged(error)
@@ -70,9 +134,10 @@ def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
 
     The reasons, first match: `intent`, the customer asked for what only people do; `low_intent_confidence`, the
     question is unclear; `sentiment`, the customer is angry; `low_reply_confidence`, the model is unsure of its words,
-    and the customer is told where words may follow. A plain completion is nobody's conversation.
+    and the customer is told where words may follow. A plain completion is nobody's conversation, and
+    what a rule refuses nobody takes over.
     """
-    if draft.endpoint != "chat":
+    if draft.endpoint != "chat" or draft.rule:
         return Conclusion("", None)
     intent, sentiment = draft.insight.intent, draft.insight.sentiment
     if intent and intent.label in settings.intents:
@@ -87,6 +152,34 @@ def concluded(draft: Draft, settings: HandoverConfig) -> Conclusion:
     return Conclusion("", None)
 
 
+def masked(exchange: Exchange, detector: Detector) -> Exchange:
+    """An exchange without the personal data that the detector finds, a value having one placeholder wherever it is."""
+    texts = [message["content"] for message in exchange.messages]
+    mask = Mask(detector, [*texts, exchange.reply, *exchange.other_replies])
+    return replace(
+        exchange,
+        messages=[
+            {**message, "content": mask.text(text)} for message, text in zip(exchange.messages, texts, strict=True)
+        ],
+        reply=mask.text(exchange.reply),
+        other_replies=[mask.text(reply) for reply in exchange.other_replies],
+        metadata={name: mask.text(value) for name, value in exchange.metadata.items()},
+    )
+
+
+def _for_a_person(exchange: Exchange) -> dict[str, Any]:
+    """What the queue tells of an answer."""
+    return {
+        "received_at": exchange.received_at,
+        "reason": exchange.handover,
+        "intent": exchange.intent,
+        "sentiment": exchange.sentiment,
+        "variant": exchange.variant,
+        "messages": exchange.messages,
+        "reply": exchange.reply,
+    }
+
+
 def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
     intent = draft.insight.intent
     return Exchange(
@@ -99,6 +192,7 @@ def _exchange(draft: Draft, conclusion: Conclusion) -> Exchange:
         intent=intent.label if intent else None,
         intent_confidence=intent.confidence if intent else None,
         sentiment=draft.insight.sentiment,
+        rule=draft.rule,
         handover=conclusion.handover,
         finish_reason=draft.finish_reason,
         prompt_tokens=draft.prompt_tokens,

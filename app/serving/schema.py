@@ -1,9 +1,10 @@
 """The messages that the deployments hand each other: frozen, typed, cheap to pickle."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from app.conversation import Message
+from app.serving.conversations import Turn
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class GenerationRequest:
     """What the model may call, each as JSON in OpenAI's form; for conversations."""
     echo: bool = False
     """Whether a reply begins with its prompt's text."""
+    trims: bool = False
+    """Whether a conversation that is too long loses its oldest turns, rather than be refused."""
 
     @property
     def choices(self) -> int:
@@ -58,6 +61,8 @@ class Started:
     prompt_tokens: int
     cached_tokens: int = 0
     """Of these, what did not have to be read because an earlier request had the same beginning."""
+    dropped_messages: int = 0
+    """Of the conversation's beginning, for which the context has no room."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,12 @@ class Draft:
     """Names of what the model might call."""
     takes_text: bool = True
     """Whether words may follow the reply; not so where it is JSON or a call."""
+    rule: str | None = None
+    """By which the question was refused."""
+    turn: Turn | None = None
+    """What it adds to a conversation that is remembered."""
+    message: dict[str, Any] = field(default_factory=dict)
+    """The reply in OpenAI's form, for that conversation."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +236,13 @@ class AnswerRequest:
     is_json: bool = False
     """Whether the replies are JSON."""
     echo: bool = False
+    trims: bool = False
+    """Whether a conversation that is too long loses its oldest turns."""
 
     @property
     def generation(self) -> GenerationRequest:
         """What the language model is asked."""
-        return GenerationRequest(self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo)
+        return GenerationRequest(self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo, self.trims)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,14 @@ from app.errors import RequestError
 from app.serving import bodies, tools
 
 
-def turns(messages: Sequence[bodies.Message], wanted: str = "") -> tuple[Message, ...]:
+def turns(
+    messages: Sequence[bodies.Message], wanted: str = "", before: int = 0, system: str = ""
+) -> tuple[Message, ...]:
     """The turns, checked for an order that makes sense.
 
     Args:
+        before: How many of the messages stand before those of the request.
+        system: The service's own system text; then a request's is refused.
         wanted: How the request describes the JSON it asks for; the system text ends with it.
 
     Raises:
@@ -20,7 +24,7 @@ def turns(messages: Sequence[bodies.Message], wanted: str = "") -> tuple[Message
     made: list[Message] = []
     open_calls: dict[str, str] = {}
     for place, message in enumerate(messages):
-        at = f"messages[{place}]"
+        at = f"messages[{place - before}]"
         if message.role != "tool" and open_calls:
             raise _wrong(at, f"call {next(iter(open_calls))} has no tool message with its result before it")
         _check_fields(message, at)
@@ -39,6 +43,8 @@ def turns(messages: Sequence[bodies.Message], wanted: str = "") -> tuple[Message
         elif message.role in ("system", "developer"):
             if place:
                 raise RequestError(400, "a system message must be the first message", "invalid_value", f"{at}.role")
+            if system:
+                raise _wrong(f"{at}.role", "this service has a system text of its own, which stands")
             made.append({"role": "system", "content": tools.plain(message.content or "")})
         else:
             called = message.tool_calls or []
@@ -52,7 +58,9 @@ def turns(messages: Sequence[bodies.Message], wanted: str = "") -> tuple[Message
         raise _wrong("messages", f"end without the result of call {next(iter(open_calls))}")
     if messages[-1].role == "assistant":
         what = "the last message is the assistant's own: going on with a begun reply is not supported"
-        raise RequestError(400, what, "invalid_value", f"messages[{len(messages) - 1}].role")
+        raise RequestError(400, what, "invalid_value", f"messages[{len(messages) - before - 1}].role")
+    if system:
+        made.insert(0, {"role": "system", "content": tools.plain(system)})
     if wanted:
         text = f"The answer is a JSON object: {wanted}"
         if made[0]["role"] == "system":

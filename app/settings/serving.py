@@ -1,29 +1,13 @@
 """`serving`: the served application."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from app.settings.ingestion import PrivacyConfig
 from app.settings.section import Count, Fraction, Natural, NotNegative, Positive, Section
-
-
-class VariantConfig(Section):
-    """One model version that is served; `jobs.serve` fills these in from the registry."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
-    """What `x-rayloop-variant`, the traffic log and the metrics call it."""
-    model: str = "support"
-    """Its name in the registry."""
-    version: str
-    """Version in the registry."""
-    uri: str
-    """Its model folder."""
-    weight: Positive = 1.0
-    """Share of conversations, relative to the other variants."""
-    fallback: str | None = None
-    """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
-    one while a large one starts. None: questions wait."""
 
 
 class ReplicasConfig(Section):
@@ -66,6 +50,26 @@ class ReplicasConfig(Section):
         return self
 
 
+class VariantConfig(Section):
+    """One model version that is served; `jobs.serve` fills these in from the registry."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
+    """What `x-rayloop-variant`, the traffic log and the metrics call it."""
+    model: str = "support"
+    """Its name in the registry."""
+    version: str
+    """Version in the registry."""
+    uri: str
+    """Its model folder."""
+    weight: Positive = 1.0
+    """Share of conversations, relative to the other variants."""
+    fallback: str | None = None
+    """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
+    one while a large one starts. None: questions wait."""
+    size: ReplicasConfig | None = None
+    """Size of its deployment; none: `language_model`."""
+
+
 class FunctionsConfig(Section):
     """Small functions beside the language model. An answer never waits long for them."""
 
@@ -90,6 +94,41 @@ class HandoverConfig(Section):
     """Below this, from -1 (furious) to 1 (delighted), the customer is handed over; -1: never."""
     message: str = "I am not sure about this one, so I am handing you over to a colleague who can help."
     """What the customer then reads."""
+
+
+class RuleConfig(Section):
+    """Questions that the model is not asked, and what the customer reads instead. One hit is enough."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    """What the log and the answer's `rayloop.rule` call it."""
+    message: Annotated[str, Field(min_length=1)]
+    """The polite refusal."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions, whatever the case, that the question has in it."""
+    intents: tuple[str, ...] = ()
+    """Intents that are off topic; the question then waits for the intent function, see `functions.deadline_s`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RuleConfig":
+        if not self.patterns and not self.intents:
+            raise ValueError(f"rule {self.name} has neither patterns nor intents, so it refuses nothing")
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rule {self.name}: {pattern!r} is no regular expression ({error})") from None
+        return self
+
+
+class ServingPrivacyConfig(Section):
+    """What happens to personal data in what customers write."""
+
+    mask_log: bool = True
+    """Mask it in the traffic log and in the hand-over queue."""
+    mask_model: bool = False
+    """Mask it before the model reads it. Replies then have placeholders such as [EMAIL_1] in them."""
+    detector: PrivacyConfig = PrivacyConfig()
+    """What is looked for, as in `ingestion.privacy`."""
 
 
 class ServingConfig(Section):
@@ -143,6 +182,14 @@ class ServingConfig(Section):
     """Tokens of prompts and replies that such a key may spend in any minute; null: as many as it likes."""
     handover: HandoverConfig = HandoverConfig()
     """When a person takes over."""
+    system_prompt: str = ""
+    """The system text of every conversation; a request that brings one of its own is refused. Empty: requests may."""
+    rules: tuple[RuleConfig, ...] = ()
+    """Off-topic and unsafe questions."""
+    privacy: ServingPrivacyConfig = ServingPrivacyConfig()
+    """Personal data."""
+    conversation_ttl_s: Positive = 86_400.0
+    """A conversation with a `conversation_id` is forgotten when nothing was said for so long."""
     deploy_timeout_s: Positive = 180.0
     """How long a deployment may take to become healthy."""
 
@@ -153,6 +200,10 @@ class ServingConfig(Section):
             if variant.fallback is not None and (variant.fallback not in names or variant.fallback == variant.name):
                 raise ValueError(f"variant {variant.name} falls back on {variant.fallback}; the others are {names}")
         return self
+
+    def size(self, variant: VariantConfig) -> ReplicasConfig:
+        """Of a variant's deployment."""
+        return variant.size or self.language_model
 
     def at_start(self) -> "ServingConfig":
         """Without what may change while replicas run: two of these that are equal need no new replicas."""
@@ -186,6 +237,9 @@ LIVE = (
     "requests_per_minute",
     "tokens_per_minute",
     "handover",
+    "system_prompt",
+    "rules",
+    "privacy",
 )
 """Settings that take effect without new replicas, beside the variants' weights."""
 LIVE_DEPLOYMENTS = ("InputHandling", "ResponseManagement")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import RequestError
-from app.serving.requests import NEUTRAL, parse_chat, parse_feedback, parse_json
+from app.serving.requests import NEUTRAL, chat_request, parse_chat, parse_feedback, parse_json
 from app.serving.schema import AnswerRequest, FeedbackRequest
 from app.settings.serving import ServingConfig
 
@@ -21,8 +21,12 @@ NOT_NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
+def taken(body: bytes) -> AnswerRequest:
+    return chat_request(parse_chat(body, CONFIG), CONFIG)
+
+
 def chat(**fields: Any) -> AnswerRequest:
-    return parse_chat(json.dumps({"model": "support", "messages": [HELLO], **fields}).encode(), CONFIG)
+    return taken(json.dumps({"model": "support", "messages": [HELLO], **fields}).encode())
 
 
 def refused(**fields: Any) -> RequestError:
@@ -167,7 +171,7 @@ def test_what_is_not_one_strict_json_object_is_refused(body: bytes) -> None:
 )
 def test_any_json_is_parsed_or_refused_and_never_breaks(value: Any) -> None:
     body = json.dumps(value).encode()
-    for parse in (lambda: parse_chat(body, CONFIG), lambda: parse_feedback(body)):
+    for parse in (lambda: taken(body), lambda: parse_feedback(body)):
         with pytest.raises(RequestError) as caught:
             parse()
         assert caught.value.status == 400
@@ -187,7 +191,7 @@ def test_any_json_is_parsed_or_refused_and_never_breaks(value: Any) -> None:
 def test_any_values_of_known_fields_are_taken_or_refused_by_name(fields: dict[str, Any]) -> None:
     body = json.dumps({"model": "support", "messages": [HELLO], **fields}).encode()
     try:
-        parsed = parse_chat(body, CONFIG)
+        parsed = taken(body)
     except RequestError as error:
         refused = error
     else:

@@ -1,0 +1,103 @@
+"""What the service remembers of a conversation, and the queue of those that a person takes over."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from app.errors import StorageError
+from app.serving.conversations import Conversations, Turn, WentOn
+from app.serving.handovers import Handovers, NotWaiting
+from app.storage import Storage
+from app.traffic import new_response_id
+
+HELLO = {"role": "user", "content": "hello"}
+HI = {"role": "assistant", "content": "hi"}
+
+
+def test_a_conversation_is_what_was_said_in_it_and_belongs_to_its_owner(store: str) -> None:
+    conversations = Conversations(Storage(store), 60)
+    assert conversations.messages("shop", "c1") == []
+    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
+    conversations.add(Turn("shop", "c1", 2, (HELLO, HELLO)), HI)
+    assert Conversations(Storage(store), 60).messages("shop", "c1") == [HELLO, HI, HELLO, HELLO, HI]
+    assert conversations.messages("other", "c1") == []
+    assert conversations.messages("shop", "c2") == []
+    assert conversations.messages("sho", "p c1") == []
+
+
+def test_of_two_that_go_on_at_once_one_is_told_so(store: str) -> None:
+    conversations = Conversations(Storage(store), 60)
+    conversations.check(Turn("shop", "c1", 0, (HELLO,)))
+    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
+    late = Turn("shop", "c1", 0, (HELLO,))
+    with pytest.raises(WentOn):
+        conversations.check(late)
+    with pytest.raises(WentOn):
+        conversations.add(late, HI)
+    assert len(conversations.messages("shop", "c1")) == 2
+    outcomes: list[bool] = []
+
+    def go_on() -> None:
+        try:
+            conversations.add(Turn("shop", "c1", 2, (HELLO,)), HI)
+            outcomes.append(True)
+        except WentOn:
+            outcomes.append(False)
+
+    threads = [threading.Thread(target=go_on) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [False] * 7 + [True]
+
+
+def test_old_conversations_are_forgotten(store: str) -> None:
+    conversations = Conversations(Storage(store), 0.2)
+    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
+    assert conversations.forget_old() == 0
+    time.sleep(0.3)
+    assert conversations.messages("shop", "c1") == []
+    conversations.add(Turn("shop", "c2", 0, (HELLO,)), HI)
+    assert conversations.forget_old() == 1
+    assert conversations.messages("shop", "c2") == [HELLO, HI]
+
+
+def test_a_damaged_conversation_is_said_so(store: str) -> None:
+    conversations = Conversations(Storage(store), 60)
+    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
+    (file,) = Path(Storage(store).path("serving", "conversations")).iterdir()
+    file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(StorageError, match="damaged"):
+        conversations.messages("shop", "c1")
+
+
+def test_the_queue_is_in_the_order_of_the_questions_and_one_taker_gets_an_answer(store: str) -> None:
+    queue = Handovers(Storage(store))
+    ids = []
+    for place in range(5):
+        ids.append(new_response_id())
+        queue.add(ids[-1], {"reason": "intent", "place": place})
+        time.sleep(0.002)
+    assert [told["place"] for told in queue.waiting(3)] == [0, 1, 2]
+    got: list[str] = []
+    late: list[bool] = []
+
+    def take(agent: str) -> None:
+        try:
+            got.append(queue.take(ids[1], agent)["taken_by"])
+        except NotWaiting as error:
+            late.append(error.taken)
+
+    threads = [threading.Thread(target=take, args=(str(agent),)) for agent in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), late) == (1, [True] * 7)
+    assert [told["place"] for told in queue.waiting(10)] == [0, 2, 3, 4]
+    with pytest.raises(NotWaiting) as caught:
+        queue.take(new_response_id(), "anna")
+    assert not caught.value.taken
