@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,9 @@ class EngineFull(Exception):
 class Engine:
     """Runs a model in a thread of its own.
 
+    Where another thread that still runs has computed with torch, OpenMP's helpers of the two are more than the cores,
+    and then they sleep between operations, which take twice as long. So load the model in a thread that ends.
+
     Args:
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
@@ -91,16 +95,16 @@ class Engine:
         self._ends = _end_tokens(model, tokenizer)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
-        self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, slots, context_tokens)
+        self._cache = SlotCache(model, slots, context_tokens)
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self.failure: Exception | None = None
-        with torch.inference_mode():
-            self._check()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        checked: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(checked,), name="engine", daemon=True)
         self._thread.start()
+        checked.result()
 
     @property
     def slots_in_use(self) -> int:
@@ -143,14 +147,20 @@ class Engine:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
-    def _run(self) -> None:
+    @torch.inference_mode()
+    def _run(self, checked: "Future[None]") -> None:
         try:
-            with torch.inference_mode():
-                while not self._stopping:
-                    self._drop_cancelled()
-                    self._admit()
-                    if self._running:
-                        self._advance(self._pass())
+            self._check()
+        except Exception as error:
+            checked.set_exception(error)
+            return
+        checked.set_result(None)
+        try:
+            while not self._stopping:
+                self._drop_cancelled()
+                self._admit()
+                if self._running:
+                    self._advance(self._pass())
         except Exception as error:
             # The replica's health check reports it and Serve starts another replica.
             logger.exception("the engine ended")
@@ -195,7 +205,7 @@ class Engine:
         output = self._model(
             input_ids=torch.tensor(ids, device=self._model.device),
             position_ids=view.positions,
-            attention_mask=view.mask(self._model.dtype),
+            attention_mask=view.mask,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,

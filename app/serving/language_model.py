@@ -7,6 +7,7 @@ the other deployments start without them.
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 from app.serving.schema import (
     Delta,
@@ -43,8 +44,9 @@ class LanguageModel:
         # The engine's thread and the event loop share the interpreter; the default 5 ms makes deltas late.
         sys.setswitchinterval(0.001)
         self._config, self._variant = config, variant
-        with local_folder(variant.uri) as folder:
-            self._model, self._tokenizer = models.load(folder)
+        # In a thread that ends: see Engine.
+        with local_folder(variant.uri) as folder, ThreadPoolExecutor(1) as loader:
+            self._model, self._tokenizer = loader.submit(models.load, folder).result()
         self._engine = Engine(
             self._model,
             self._tokenizer,
