@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
+from app.serving.packed_linear import pack
 from app.serving.reply_text import ReplyText
 from app.serving.sampling import Draw, TokenTexts, choose
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling, TokenLogprob
@@ -73,6 +74,7 @@ class Engine:
     and then they sleep between operations, which take twice as long. So load the model in a thread that ends.
 
     Args:
+        model: The engine changes it: attention on a CPU, and how weights are laid out there.
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
         max_waiting: Requests that may wait for a slot.
@@ -89,6 +91,8 @@ class Engine:
         context_tokens: int,
         max_waiting: int,
     ) -> None:
+        self._device = model.device
+        pack(model)
         self._model: Any = model
         self._backend: Any = tokenizer.backend_tokenizer
         self._texts = TokenTexts(tokenizer)
@@ -203,7 +207,7 @@ class Engine:
     def _forward(self, ids: Sequence[Sequence[int]], view: View) -> torch.Tensor:
         self._cache.view = view
         output = self._model(
-            input_ids=torch.tensor(ids, device=self._model.device),
+            input_ids=torch.tensor(ids, device=self._device),
             position_ids=view.positions,
             attention_mask=view.mask,
             past_key_values=self._cache,
