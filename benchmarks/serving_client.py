@@ -83,6 +83,19 @@ class Client:
                 sent.chunks_s.append(time.monotonic())
         return sent
 
+    async def get_until(self, end_s: float, latencies: list[float]) -> None:
+        """GET over one connection until then, noting how long each took."""
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        asked = f"GET {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n\r\n".encode()
+        while (begun_s := time.monotonic()) < end_s:
+            writer.write(asked)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if b" 200 " not in head.partition(b"\r\n")[0]:
+                raise OSError(f"{head!r}")
+            await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
+            latencies.append(time.monotonic() - begun_s)
+        writer.close()
+
     async def _lines(self, body: bytes) -> AsyncIterator[bytes]:
         reader, writer = await asyncio.open_connection(self._host, self._port)
         try:
@@ -127,6 +140,20 @@ async def poisson(client: Client, requests: list[dict[str, Any]], rate: float, s
     return list(await asyncio.gather(*tasks))
 
 
+async def plain(client: Client, connections: int, seconds: float) -> dict[str, Any]:
+    """GET again and again over connections that stay open."""
+    latencies: list[float] = []
+    begun_s = time.monotonic()
+    await asyncio.gather(*(client.get_until(begun_s + seconds, latencies) for _ in range(connections)))
+    times, took_s = os.times(), time.monotonic() - begun_s
+    return {
+        "requests_per_s": len(latencies) / took_s,
+        "requests": len(latencies),
+        "client_cpu_s": times.user + times.system,
+        **_quantiles("latency_s", latencies),
+    }
+
+
 def figures(done: list[Sent], begun_s: float) -> dict[str, Any]:
     """Of one run; times in seconds."""
     good = [sent for sent in done if not sent.failure]
@@ -162,6 +189,8 @@ async def main(url: str, file: str, settings: dict[str, Any]) -> dict[str, Any]:
     client = Client(url, settings.get("headers", {}))
     if settings.get("texts"):
         return {"texts": [(await client.send(request)).text for request in requests[: settings["texts"]]]}
+    if "plain" in settings:
+        return await plain(client, settings["plain"], settings["seconds"])
     begun_s = time.monotonic()
     if "rate" in settings:
         return figures(await poisson(client, requests, settings["rate"], settings["seconds"]), begun_s)
