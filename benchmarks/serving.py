@@ -55,7 +55,7 @@ NAMES = {
 }  # fmt: skip
 TARGETS = {"static": 3.0, "vllm": 1.0}
 """How many times a peer's tokens/s ours are to be, with 16 users."""
-ROUND_S, WARM_S = 6.0, 2.0
+ROUND_S, WARM_S = 5.0, 2.0
 Figures = dict[str, Any]
 
 

@@ -53,7 +53,12 @@ def head(name: str, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     state = FOLDER / f"state-{name}"
     given = {**os.environ, **environment, "RAYLOOP_STATE": str(state)}
     script = str(HOME / "cluster" / "local.sh")
-    subprocess.run([script, "start"], check=True, env=given, capture_output=True)
+    for attempt in range(4):  # a busy machine is too slow for Ray's time limits now and then
+        done = subprocess.run([script, "start"], check=False, env=given, capture_output=True)
+        if not done.returncode:
+            break
+        subprocess.run([script, "stop"], check=True, env=given, capture_output=True)
+        print(f"the head did not start at attempt {attempt + 1}", flush=True)
     try:
         lines = (state / "cluster.env").read_text().splitlines()
         found = dict(line.removeprefix("export ").split("=", 1) for line in lines)

@@ -1,7 +1,7 @@
 """Attention of one new token a reply on a CPU, in C: decode_attention.c, compiled when it is first wanted.
 
 torch's own kernel is made for many new tokens: for one it packs all cached keys and values again in each pass. In
-bfloat16, 16 replies, 4 heads of 64 and 192 positions took it 470 microseconds a layer, this one 55.
+bfloat16, 16 replies, 4 heads of 64 and 192 positions took it 470 microseconds a layer on two cores, this one 70 on one.
 """
 
 import ctypes
