@@ -21,7 +21,7 @@ from app.versions import APP
 
 POLL_S = 0.5
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_PACKAGED = (".py", ".html", ".css", ".js")
+_PACKAGED = (".py", ".c", ".html", ".css", ".js")
 _SCHEMES = {"s3": "s3", "gs": "gs", "abfs": "abfss", "abfss": "abfss"}
 
 

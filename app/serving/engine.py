@@ -11,7 +11,9 @@ Axes: B running replies, T positions, V vocabulary.
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from app.errors import ModelError
 from app.serving.engines import EngineFull
 from app.serving.grammar import Grammars
+from app.serving.packed_linear import pack
 from app.serving.reply import Reply
 from app.serving.sampling import Draw, TokenTexts, choose
 from app.serving.schema import Refused
@@ -34,7 +37,11 @@ PROMPT_TOKENS_PER_PASS = 512
 class Engine:
     """Runs a model in a thread of its own.
 
+    Where another thread that still runs has computed with torch, OpenMP's helpers of the two are more than the cores,
+    and then they sleep between operations, which take twice as long. So load the model in a thread that ends.
+
     Args:
+        model: The engine changes it: attention on a CPU, and how weights are laid out there.
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
         max_waiting: Requests that may wait for a slot.
@@ -51,22 +58,26 @@ class Engine:
         context_tokens: int,
         max_waiting: int,
     ) -> None:
+        self._device = model.device
+        pack(model)
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
         self._ends = _end_tokens(model, tokenizer)
         self._grammars = Grammars(tokenizer, model.config.get_text_config().vocab_size, self._ends)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
-        self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, slots, context_tokens)
+        self._cache = SlotCache(model, slots, context_tokens)
         self._running: list[Reply] = []
         self._waiting: deque[Reply] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        """To be done in the engine's thread between two passes."""
         self._wake = threading.Condition()
         self._stopping = False
         self.failure: Exception | None = None
-        with torch.inference_mode():
-            self._check()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        checked: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(checked,), name="engine", daemon=True)
         self._thread.start()
+        checked.result()
 
     @property
     def slots_in_use(self) -> int:
@@ -111,15 +122,32 @@ class Engine:
             self._wake.notify()
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Of each prompt, the mean of its tokens' last hidden states, of length 1. Runs beside the replies."""
-        body = self._model.base_model
+        """Of each prompt, the mean of its tokens' last hidden states, of length 1; computed between two passes."""
+        if self.failure:
+            raise EngineFull
         vectors = []
-        with torch.inference_mode():
-            for ids in prompts:
-                hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
-                mean_H = hidden_1TH[0].float().mean(dim=0)
-                vectors.append(torch.nn.functional.normalize(mean_H, dim=0).tolist())
+        for ids in prompts:
+            done: Future[list[float]] = Future()
+            with self._wake:
+                self._tasks.append((partial(self._embedded, ids), done))
+                self._wake.notify()
+            vectors.append(done.result())
         return vectors
+
+    def _embedded(self, ids: Sequence[int]) -> list[float]:
+        body = self._model.base_model
+        hidden_1TH = body(torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
+        mean_H = hidden_1TH[0].float().mean(dim=0)
+        vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
+        return vector
+
+    def _do_tasks(self) -> None:
+        while self._tasks:
+            task, done = self._tasks.popleft()
+            try:
+                done.set_result(task())
+            except Exception as error:
+                done.set_exception(error)
 
     def stop(self) -> None:
         """End the thread after the pass it is in."""
@@ -128,14 +156,21 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def _run(self) -> None:
+    @torch.inference_mode()
+    def _run(self, checked: "Future[None]") -> None:
         try:
-            with torch.inference_mode():
-                while not self._stopping:
-                    self._drop_cancelled()
-                    self._admit()
-                    if self._running:
-                        self._advance(self._pass())
+            self._check()
+        except Exception as error:
+            checked.set_exception(error)
+            return
+        checked.set_result(None)
+        try:
+            while not self._stopping:
+                self._drop_cancelled()
+                self._do_tasks()
+                self._admit()
+                if self._running:
+                    self._advance(self._pass())
         except Exception as error:
             # The replica's health check reports it and Serve starts another replica.
             logger.exception("the engine ended")
@@ -143,6 +178,8 @@ class Engine:
                 self.failure = error
             for reply in [*self._running, *self._waiting]:
                 reply.fail(Refused(500, "the language model failed; try again", "server_error"))
+            for _, done in self._tasks:
+                done.set_exception(EngineFull())
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -156,7 +193,7 @@ class Engine:
         read_tokens = 0
         while True:
             with self._wake:
-                while not (self._running or self._waiting or self._stopping):
+                while not (self._running or self._waiting or self._tasks or self._stopping):
                     self._wake.wait()
                     self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
                 if not self._waiting or len(self._running) == self._slots or self._stopping:
@@ -178,9 +215,9 @@ class Engine:
     def _forward(self, ids: Sequence[Sequence[int]], view: View) -> torch.Tensor:
         self._cache.view = view
         output = self._model(
-            input_ids=torch.tensor(ids, device=self._model.device),
+            input_ids=torch.tensor(ids, device=self._device),
             position_ids=view.positions,
-            attention_mask=view.mask(self._model.dtype),
+            attention_mask=view.mask,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 from app.serving.autoscaling import LATENCY, LOOK_BACK_S
 from app.serving.engines import Engine, EngineFull
@@ -51,8 +52,9 @@ class LanguageModel:
         # The engine's thread and the event loop share the interpreter; the default 5 ms makes deltas late.
         sys.setswitchinterval(0.001)
         self._config, self._variant = config, variant
-        with local_folder(variant.uri) as folder:
-            model, tokenizer = models.load(folder)
+        # In a thread that ends: see the engine.
+        with local_folder(variant.uri) as folder, ThreadPoolExecutor(1) as loader:
+            model, tokenizer = loader.submit(models.load, folder).result()
         self._engine: Engine = TransformersEngine(
             model,
             tokenizer,
@@ -110,7 +112,10 @@ class LanguageModel:
         for prompt in prompts:
             if refusal := self._prompts.check(prompt, "input"):
                 return refusal
-        vectors = await asyncio.to_thread(self._engine.embed, prompts)
+        try:
+            vectors = await asyncio.to_thread(self._engine.embed, prompts)
+        except EngineFull:
+            return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
         return Embedded(tuple(tuple(vector) for vector in vectors), sum(len(prompt) for prompt in prompts))
 
     async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens:

@@ -4,55 +4,97 @@ Reply i is row i. The rows in use are always the first ones, so a forward pass t
 nothing.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from app.serving.decode_attention import decode_attention
 
 LENGTH_STEP = 64
 """Passes attend to a multiple of so many positions. Sums over other lengths round differently, and then a reply
 in bfloat16 depended on the others in its batch: 15 of 30 seeded replies came out differently, now none."""
 
 
-@dataclass(frozen=True)
 class View:
-    """The part of the cache that one forward pass reads and writes."""
+    """The part of the cache that one forward pass reads and writes; made once a pass, for all layers.
 
-    rows: slice
-    positions: torch.Tensor
-    """(B, new tokens), where the new tokens stand"""
-    length: int
-    """Positions that attention runs over, a multiple of LENGTH_STEP"""
+    Args:
+        first_row: The rows follow one another.
+        begins: Of each row, where its new tokens begin.
+        new_tokens: In each row.
+        dtype: The model's.
+    """
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive, (B, 1, new tokens, length): a token sees its own row up to itself."""
+    def __init__(self, first_row: int, begins: list[int], new_tokens: int, dtype: torch.dtype) -> None:
+        self.begins, self.new_tokens = begins, new_tokens
+        self.rows = slice(first_row, first_row + len(begins))
+        self.row_indices = torch.arange(self.rows.start, self.rows.stop)
+        self.positions = torch.tensor(begins).unsqueeze(1) + torch.arange(new_tokens)
+        """(B, new tokens), where the new tokens stand."""
+        self.lengths = self.positions[:, -1] + 1
+        """(B,), positions that the last new token of each row attends to."""
+        self.length = _rounded_up(max(begins) + new_tokens)
+        """Positions that attention runs over, a multiple of LENGTH_STEP."""
         visible = torch.arange(self.length) <= self.positions.unsqueeze(-1)
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        self.mask = mask.unsqueeze(1)
+        """Additive, (B, 1, new tokens, length): a token sees its own row up to itself."""
 
 
 class SlotCache(Cache):
     """Keys and values of every slot, allocated once; `view` says what the coming pass works on."""
 
-    def __init__(self, layers: int, slots: int, context_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+        layers: int = model.config.get_text_config().num_hidden_layers
         self._slot_layers = [SlotLayer(self, slots, _rounded_up(context_tokens)) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
+        self._dtype = model.dtype
         self.view = self.step_view([0])
+        self._attend = decode_attention() if model.device.type == "cpu" else None
+        if self._attend and model.config._attn_implementation == "sdpa":
+            name = f"rayloop_slots_{id(self)}"
+            AttentionInterface.register(name, self.attention)
+            AttentionMaskInterface.register(name, sdpa_mask)
+            model.config._attn_implementation = name
 
     def prompt_view(self, slot: int, tokens: int) -> View:
         """One row from its beginning."""
-        return View(slice(slot, slot + 1), torch.arange(tokens).unsqueeze(0), _rounded_up(tokens))
+        return View(slot, [0], tokens, self._dtype)
 
     def step_view(self, positions: list[int]) -> View:
         """The first rows, one token each."""
-        return View(slice(0, len(positions)), torch.tensor(positions).unsqueeze(1), _rounded_up(max(positions) + 1))
+        return View(0, positions, 1, self._dtype)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row's first positions over another row."""
         for layer in self._slot_layers:
             for states in (layer.keys, layer.values):
                 states[target, :, :length] = states[source, :, :length]
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The model's attention as transformers calls it: torch's own but for the step of a batch of ours."""
+        assert self._attend
+        view = self.view
+        if attention_mask is view.mask and self._attend.takes(query, key, value):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return self._attend(query, key, value, view.lengths, scale), None
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return attended
 
 
 class SlotLayer(CacheLayerMixin):
@@ -81,14 +123,18 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         view = self._cache.view
-        rows = torch.arange(view.rows.start, view.rows.stop).unsqueeze(1)
-        self.keys[rows, :, view.positions] = key_states.transpose(1, 2)
-        self.values[rows, :, view.positions] = value_states.transpose(1, 2)
+        if view.new_tokens == 1:
+            self.keys[view.row_indices, :, view.lengths - 1] = key_states[:, :, 0]
+            self.values[view.row_indices, :, view.lengths - 1] = value_states[:, :, 0]
+        else:
+            for row, begin, keys, values in zip(view.row_indices, view.begins, key_states, value_states, strict=True):
+                self.keys[row, :, begin : begin + view.new_tokens] = keys
+                self.values[row, :, begin : begin + view.new_tokens] = values
         return self.keys[view.rows, :, : view.length], self.values[view.rows, :, : view.length]
 
     def get_seq_length(self) -> int:
         """Positions before the coming pass, of the longest row."""
-        return int(self._cache.view.positions[:, 0].max())
+        return max(self._cache.view.begins)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys a pass attends to."""

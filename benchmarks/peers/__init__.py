@@ -1,1 +1,1 @@
-"""The same work by other tools: one script each, run in an environment of its own by `benchmarks.ingestion`."""
+"""The same work by other tools: one script each, run in an environment of its own by its benchmark."""
