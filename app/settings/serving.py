@@ -61,8 +61,8 @@ class VariantConfig(Section):
     """Version in the registry."""
     uri: str
     """Its model folder."""
-    weight: Positive = 1.0
-    """Share of conversations, relative to the other variants."""
+    weight: NotNegative = 1.0
+    """Share of conversations, relative to the other variants; 0: only those that ask for it by its own name."""
     fallback: str | None = None
     """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
     one while a large one starts. None: questions wait."""
@@ -217,10 +217,16 @@ class ServingConfig(Section):
         return {**self.model_dump(mode="json", include=set(LIVE)), "weights": weights}
 
     def with_live(self, live: Mapping[str, Any]) -> "ServingConfig":
-        """With what `live` gave."""
-        weights = live["weights"]
+        """With settings that may change while replicas run, as `live` gives them; those that are missing stay.
+
+        Raises:
+            ValueError: A setting may not change so, or has a value that it cannot have.
+        """
+        if unknown := sorted(live.keys() - {*LIVE, "weights"}):
+            raise ValueError(f"{', '.join(unknown)} cannot change without new replicas; {', '.join(LIVE)} can")
+        weights = live.get("weights", {})
         fields = self.model_dump()
-        fields |= {name: live[name] for name in LIVE}
+        fields |= {name: live[name] for name in LIVE if name in live}
         fields["variants"] = [
             {**variant, "weight": weights.get(variant["name"], variant["weight"])} for variant in fields["variants"]
         ]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,32 @@ def test_what_a_person_takes_over_waits_in_a_queue(client: openai.OpenAI, http: 
     assert answer.id not in [one["response_id"] for one in left]
     for limit in ("0", "101", "x"):
         assert http.get("/v1/handovers", params={"limit": limit}).status_code == 400
+
+
+def test_a_fallback_answers_while_a_variant_starts_from_zero(
+    client: openai.OpenAI, http: httpx.Client, desk: Desk
+) -> None:
+    (champion,) = desk.settings["variants"]
+    small = {**champion, "name": "student", "version": "4", "weight": 0.0}
+    sleeping = {**champion, "fallback": "student", "size": {"replicas": [0, 1], "cpus": 0.2, "downscale_delay_s": 1.0}}
+    desk.configured(variants=[sleeping, small], fallback_after_s=0.5)
+
+    def replicas() -> int:
+        return len([one for one in deployment.replicas("support") if one["deployment"] == "LanguageModel-champion"])
+
+    eventually(lambda: replicas() == 0, within_s=60)
+    assert http.get("/ready").status_code == 200, "a variant that may sleep is not waited for"
+
+    def ask() -> tuple[str, str, float]:
+        begun_s = time.monotonic()
+        response = http.post("/v1/chat/completions", json={"model": "support", "messages": asked("thank you")})
+        told = response.json()
+        assert told["choices"][0]["message"]["content"] == ANSWERS["thank you"]
+        return response.headers["x-rayloop-variant"], told["model"], time.monotonic() - begun_s
+
+    assert ask()[:2] == ("student", "support/4")
+    eventually(lambda: ask()[:2] == ("champion", "support/3"), within_s=120)
+    desk.configured()
 
 
 def pids() -> set[int]:
