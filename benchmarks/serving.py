@@ -185,6 +185,8 @@ def server(name: str, size: str) -> Iterator[Server]:
         url, form = chat, "messages"
         command = [f"{Path(sys.executable).parent}/transformers", "serve", str(folder), "--continuous-batching"]
         command += ["--dtype", "bfloat16", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+        # By default its cache takes nine tenths of the memory: of the machine, not of a GPU.
+        command += ["--cb-num-blocks", "300", "--cb-block-size", "32", "--cb-max-batch-tokens", "1024"]
     elif name.startswith("vllm"):
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": ""}
         environment |= {"VLLM_NO_USAGE_STATS": "1"}
@@ -373,6 +375,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="ours,ours_1,vllm,static,openvino,transformers", help="servers of part engine"
     )
+    parser.add_argument("--setting", action="append", help="some of part serve's settings, and `defaults`")
     parser.add_argument("--no-texts", dest="texts", action="store_false", help="do not compare with plain generate")
     given = parser.parse_args()
     given.users, given.model = given.users or [1, 4, 8, 16, 32], given.model or list(SHAPES)

@@ -137,6 +137,8 @@ def serve_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     found: dict[str, list[Figures]] = {}
     for _ in range(given.repetitions):
         for name, (variables, options, _safety) in SETTINGS.items():
+            if name not in (given.setting or SETTINGS):
+                continue
             direct = serving.free_port()
             variables = variables | {
                 "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
