@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import serving
-from benchmarks.serving import FOLDER, HOME, Figures, Server
+from benchmarks import serving_servers as serving
+from benchmarks.serving_servers import FOLDER, HOME, Figures, Server
 
 LOW_RATE = 2.0
 """Arrivals a second at which requests hardly meet."""

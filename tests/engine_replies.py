@@ -17,6 +17,7 @@ def submit(
     max_tokens: int,
     deliver: Callable[[Event], None],
     choice: int = 0,
+    scope: str = "",
 ) -> Reply:
     """One reply, on its way."""
 
@@ -24,7 +25,7 @@ def submit(
         text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    reply = Reply(prompt, sampling, max_tokens, deliver, decode, choice)
+    reply = Reply(prompt, sampling, max_tokens, deliver, decode, choice, scope)
     engine.prepare([reply])
     engine.submit([reply])
     return reply

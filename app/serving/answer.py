@@ -80,6 +80,8 @@ class Answer:
     insight: "asyncio.Task[Insight] | None"
     """What the small functions find out about the question."""
     user_hash: str | None
+    scope: str = ""
+    """Name of the API key."""
     rule: RuleConfig | None = None
     """That refuses the question."""
     turn: Turn | None = None
@@ -99,7 +101,7 @@ class Answer:
     dropped_messages: int = 0
 
     def __post_init__(self) -> None:
-        self.replies = [Writing(self.request) for _ in range(self.request.generation.choices)]
+        self.replies = [Writing(self.request) for _ in range(len(self.request.prompts) * self.request.n)]
 
     @cached_property
     def frame(self) -> openai_format.ChatFrame | openai_format.CompletionFrame:
@@ -148,7 +150,7 @@ class Answer:
     def take(self, event: Event) -> list[Piece]:
         """Note what the language model sent; returns what the client may read now."""
         if isinstance(event, Started):
-            self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.cached_tokens
+            self.prompt_tokens = event.prompt_tokens
             self.dropped_messages = event.dropped_messages
         elif isinstance(event, Delta):
             if self.first_token_s is None:
@@ -158,6 +160,8 @@ class Answer:
         elif isinstance(event, Finished):
             if not self.request.stream or self.first_token_s is None:
                 self.first_token_s = event.time_to_first_token_s
+            if event.choice % self.request.n == 0:  # each prompt counts once
+                self.cached_tokens += event.cached_tokens
             return self.replies[event.choice].finish(event)
         return []
 
@@ -277,7 +281,7 @@ class Answering:
 
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
         """The language model's events. An answer that breaks off is cancelled and recorded."""
-        source: Any = language_model.options(stream=True).generate.remote(answer.request.generation)
+        source: Any = language_model.options(stream=True).generate.remote(answer.request.generation(answer.scope))
         try:
             async for event in source:
                 if isinstance(event, Refused):

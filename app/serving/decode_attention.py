@@ -21,7 +21,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 MAX_HEAD_SIZE = 512
 """As decode_attention.c has it."""
 NAMES = {torch.float32: "attend_float", torch.bfloat16: "attend_bfloat16"}
@@ -111,8 +111,14 @@ def _library(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, library.name)
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            compiled = made.with_suffix(".o")
+            # Linked apart: where a library is linked with -ffast-math, loading it sets the whole process to take
+            # numbers that are nearly 0 for 0.
+            for command in (
+                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+                [compiler, "-shared", "-fopenmp", str(compiled), "-o", str(made), "-lm"],
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True)
             made.rename(library)  # whole, whoever else compiles it at this moment
     return library
 

@@ -23,6 +23,7 @@ from app.errors import ModelError
 from app.serving.engines import EngineFull
 from app.serving.grammar import Grammars
 from app.serving.packed_linear import pack
+from app.serving.prefix_cache import BLOCK_TOKENS, PrefixCache, block_keys
 from app.serving.reply import Reply
 from app.serving.sampling import Draw, TokenTexts, choose
 from app.serving.schema import Refused
@@ -44,7 +45,8 @@ class Engine:
         model: The engine changes it: attention on a CPU, and how weights are laid out there.
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
-        max_waiting: Requests that may wait for a slot.
+        max_waiting: Replies that may wait for a slot.
+        prefix_cache_bytes: Of keys and values that are kept of prompts' beginnings.
 
     Raises:
         ModelError: The model does not attend to cached keys and values the way this engine keeps them.
@@ -57,6 +59,7 @@ class Engine:
         slots: int,
         context_tokens: int,
         max_waiting: int,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self._device = model.device
         pack(model)
@@ -67,6 +70,7 @@ class Engine:
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
         self._cache = SlotCache(model, slots, context_tokens)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
         self._running: list[Reply] = []
         self._waiting: deque[Reply] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -204,8 +208,23 @@ class Engine:
                 reply = self._waiting.popleft()
                 self._running.append(reply)
             slot = len(self._running) - 1
-            logits_1V = self._forward([reply.prompt], self._cache.prompt_view(slot, len(reply.prompt)))
-            self._advance(logits_1V, first=slot)
+            self._advance(self._read(reply, slot), first=slot)
+
+    def _read(self, reply: Reply, slot: int) -> torch.Tensor:
+        """Bring a prompt into a slot, as far as it goes from what earlier ones left; returns its logits_1V."""
+        begin = 0
+        for key in block_keys(reply.scope, reply.prompt):
+            block = self._prefixes.get(key)
+            if block is not None:
+                self._cache.put_block(slot, begin, block)
+                reply.cached_tokens += BLOCK_TOKENS
+            else:
+                ids = reply.prompt[begin : begin + BLOCK_TOKENS]
+                self._forward([ids], self._cache.prompt_view(slot, begin, BLOCK_TOKENS))
+                self._prefixes.put(key, self._cache.block(slot, begin, BLOCK_TOKENS))
+            begin += BLOCK_TOKENS
+        rest = reply.prompt[begin:]
+        return self._forward([rest], self._cache.prompt_view(slot, begin, len(rest)))
 
     def _pass(self) -> torch.Tensor:
         """One more position for every running reply; returns its logits_BV."""
@@ -258,7 +277,7 @@ class Engine:
         expected_BV = torch.cat([self._model(torch.tensor([ids])).logits[:, -1].float() for ids in prompts])
         try:
             for slot, ids in enumerate(prompts):
-                self._forward([ids[:-1]], self._cache.prompt_view(slot, len(ids) - 1))
+                self._forward([ids[:-1]], self._cache.prompt_view(slot, 0, len(ids) - 1))
             view = self._cache.step_view([len(ids) - 1 for ids in prompts])
             found_BV = self._forward([ids[-1:] for ids in prompts], view)
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:

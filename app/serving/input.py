@@ -170,13 +170,13 @@ class InputHandling:
         chat = parse_chat(await self._body(request), self._config)
         turn, said = await self._conversation(request, chat)
         asked = chat_request(chat, self._config, said)
-        return await self._answer(asked, new_response_id(), begun_s, received_at, turn)
+        return await self._answer(request, asked, new_response_id(), begun_s, received_at, turn)
 
     async def complete(self, request: Request) -> Response:
         """A text gone on with, whole or streamed."""
         begun_s, received_at = time.monotonic(), now()
         asked = parse_completion(await self._body(request), self._config)
-        return await self._answer(asked, new_response_id("cmpl"), begun_s, received_at)
+        return await self._answer(request, asked, new_response_id("cmpl"), begun_s, received_at)
 
     async def _conversation(
         self, request: Request, chat: ChatCompletionBody
@@ -192,7 +192,13 @@ class InputHandling:
         return Turn(owner, chat.conversation_id, len(said), new), said
 
     async def _answer(
-        self, asked: AnswerRequest, response_id: str, begun_s: float, received_at: str, turn: Turn | None = None
+        self,
+        request: Request,
+        asked: AnswerRequest,
+        response_id: str,
+        begun_s: float,
+        received_at: str,
+        turn: Turn | None = None,
     ) -> Response:
         asked, is_chat = self._guard.masked(asked), asked.endpoint == "chat"
         user_hash = self._access.pseudonym(asked.user) if asked.user else None
@@ -208,6 +214,7 @@ class InputHandling:
             variant=variant,
             insight=insight,
             user_hash=user_hash,
+            scope=request.state.key.name,
             rule=self._guard.rule(asked.question, intent) if is_chat else None,
             turn=turn,
         )

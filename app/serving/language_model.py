@@ -60,6 +60,7 @@ class LanguageModel:
             tokenizer,
             slots=config.max_batch_slots,
             context_tokens=config.context_tokens,
+            prefix_cache_bytes=config.prefix_cache_bytes,
             max_waiting=max(config.max_batch_slots, config.size(variant).max_ongoing_requests),
         )
         vocabulary = model.config.get_text_config().vocab_size

@@ -23,6 +23,10 @@ class Reply:
     decode: Callable[[Sequence[int]], str]
     choice: int = 0
     """Its number among the answer's replies."""
+    scope: str = ""
+    """Whose it is: only replies of one scope share what was read of their prompts."""
+    cached_tokens: int = 0
+    """Of the prompt, that did not have to be read."""
     draw: Draw | None = None
     """How its tokens are chosen, where our own engine does that."""
     submitted_s: float = field(default_factory=time.monotonic)
@@ -81,6 +85,7 @@ class Reply:
                     confidence=self._probability / len(self.tokens),
                     time_to_first_token_s=self.first_token_s - self.submitted_s,
                     choice=self.choice,
+                    cached_tokens=self.cached_tokens,
                 )
             )
         return complete

@@ -47,6 +47,8 @@ class GenerationRequest:
     """Whether a reply begins with its prompt's text."""
     trims: bool = False
     """Whether a conversation that is too long loses its oldest turns, rather than be refused."""
+    scope: str = ""
+    """Name of the API key: only its own requests share what was read of their prompts."""
 
     @property
     def choices(self) -> int:
@@ -59,8 +61,6 @@ class Started:
     """The request was accepted and its prompts have this many tokens together."""
 
     prompt_tokens: int
-    cached_tokens: int = 0
-    """Of these, what did not have to be read because an earlier request had the same beginning."""
     dropped_messages: int = 0
     """Of the conversation's beginning, for which the context has no room."""
 
@@ -100,6 +100,8 @@ class Finished:
     time_to_first_token_s: float
     """From acceptance by the language model to the first token."""
     choice: int = 0
+    cached_tokens: int = 0
+    """Of its prompt, what did not have to be read because an earlier one began alike."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +241,11 @@ class AnswerRequest:
     trims: bool = False
     """Whether a conversation that is too long loses its oldest turns."""
 
-    @property
-    def generation(self) -> GenerationRequest:
-        """What the language model is asked."""
-        return GenerationRequest(self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo, self.trims)
+    def generation(self, scope: str) -> GenerationRequest:
+        """What the language model is asked for the API key of that name."""
+        return GenerationRequest(
+            self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo, self.trims, scope
+        )
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class SlotCache(Cache):
             AttentionMaskInterface.register(name, sdpa_mask)
             model.config._attn_implementation = name
 
-    def prompt_view(self, slot: int, tokens: int) -> View:
-        """One row from its beginning."""
-        return View(slot, [0], tokens, self._dtype)
+    def prompt_view(self, slot: int, begin: int, tokens: int) -> View:
+        """Some positions of one row."""
+        return View(slot, [begin], tokens, self._dtype)
 
     def step_view(self, positions: list[int]) -> View:
         """The first rows, one token each."""
@@ -74,6 +74,21 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             for states in (layer.keys, layer.values):
                 states[target, :, :length] = states[source, :, :length]
+
+    def block(self, slot: int, begin: int, tokens: int) -> torch.Tensor:
+        """A copy of some positions of a row: (layers, keys and values, heads, tokens, head size)."""
+        return torch.stack(
+            [
+                torch.stack([states[slot, :, begin : begin + tokens] for states in (layer.keys, layer.values)])
+                for layer in self._slot_layers
+            ]
+        )
+
+    def put_block(self, slot: int, begin: int, block: torch.Tensor) -> None:
+        """Write what `block` gave."""
+        for layer, (keys, values) in zip(self._slot_layers, block, strict=True):
+            layer.keys[slot, :, begin : begin + keys.shape[1]] = keys
+            layer.values[slot, :, begin : begin + values.shape[1]] = values
 
     def attention(
         self,

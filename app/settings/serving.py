@@ -158,6 +158,8 @@ class ServingConfig(Section):
     """A replica that is taken away gets so long to complete its answers."""
     max_batch_slots: Count = 16
     """Sequences that one language model replica generates at once."""
+    prefix_cache_bytes: Natural = 128_000_000
+    """Of a replica's memory, for what it has read of prompts' beginnings; the same beginning is not read again."""
     context_tokens: Annotated[int, Field(ge=32)] = 512
     """Prompt and reply together; a longer prompt is refused."""
     default_max_tokens: Count = 96
@@ -235,7 +237,6 @@ class ServingConfig(Section):
 
 LIVE = (
     "default_temperature",
-    "default_max_tokens",
     "max_messages",
     "max_tools",
     "max_choices",

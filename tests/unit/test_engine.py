@@ -16,6 +16,7 @@ from app.conversation import prompt_ids
 from app.errors import ModelError
 from app.serving.engine import Engine
 from app.serving.engines import EngineFull
+from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.sampling import Draw, choose
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling
 from tests import answering_model
@@ -56,7 +57,8 @@ class Asking:
 
     def __init__(self, folder: Path, slots: int = 4, max_waiting: int = 100) -> None:
         self.model, self.tokenizer = models.load(folder)
-        self.engine = Engine(self.model, self.tokenizer, slots, answering_model.CONTEXT_TOKENS, max_waiting)
+        context = answering_model.CONTEXT_TOKENS
+        self.engine = Engine(self.model, self.tokenizer, slots, context, max_waiting, prefix_cache_bytes=10_000_000)
 
     def prompt(self, question: str) -> list[int]:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
@@ -152,6 +154,19 @@ def test_confidence_is_the_mean_probability_of_the_tokens_in_a_plain_forward_pas
     expected = torch.softmax(logits, -1)[torch.arange(len(reply)), torch.tensor(reply)].mean()
     assert client.finished.confidence == pytest.approx(float(expected), abs=0.02)
     assert client.finished.confidence < asking.ask("thank you").finished.confidence
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_there_and_nothing_else_changes(asking: Asking) -> None:
+    alike = "please " * 70
+    alone = [asking.generated(f"{alike}{question}", 20) for question in ANSWERS]
+    for scope, is_new in (("one", True), ("one", False), ("other", True)):
+        for place, question in enumerate(ANSWERS):
+            client = Client()
+            prompt = asking.prompt(f"{alike}{question}")
+            submit(asking.engine, asking.tokenizer, prompt, GREEDY, 20, client, scope=scope)
+            assert client.text == alone[place]
+            known = 0 if is_new and place == 0 else (len(asking.prompt(alike)) - 2) // BLOCK_TOKENS * BLOCK_TOKENS
+            assert client.finished.cached_tokens == known
 
 
 def test_a_cancelled_reply_frees_its_slot_and_delivers_nothing_more(asking: Asking) -> None:
