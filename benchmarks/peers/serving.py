@@ -14,7 +14,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,28 @@ def engine(folder: Path) -> Submit:
     """Ours."""
     from app.conversation import prompt_ids
     from app.serving.engine import Engine
-    from app.serving.schema import Delta, Sampling
+    from app.serving.reply import Reply
+    from app.serving.schema import Delta, Event, Sampling
+    from app.settings.serving import ServingConfig
 
     sys.setswitchinterval(0.001)  # as the product's deployment has it
     model, tokenizer = _loaded(folder)
-    made = Engine(model, tokenizer, SLOTS, CONTEXT_TOKENS, max_waiting=1_000)
+    prefixes_bytes = ServingConfig().prefix_cache_bytes
+    made = Engine(model, tokenizer, SLOTS, CONTEXT_TOKENS, max_waiting=1_000, prefix_cache_bytes=prefixes_bytes)
     greedy = Sampling(None, 0.0, 1.0, None, ())
 
+    def text_of(ids: Sequence[int]) -> str:
+        text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
     def submit(body: dict[str, Any], say: Say) -> None:
+        def deliver(event: Event) -> None:
+            say(event.text if isinstance(event, Delta) else None)
+
         prompt = body.get("prompt") or prompt_ids(tokenizer, body["messages"])
-        made.submit(
-            prompt, greedy, body["max_tokens"], lambda event: say(event.text if isinstance(event, Delta) else None)
-        )
+        replies = [Reply(prompt, greedy, body["max_tokens"], deliver, text_of)]
+        made.prepare(replies)
+        made.submit(replies)
 
     return submit
 
