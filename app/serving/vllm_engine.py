@@ -18,6 +18,7 @@ import random
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,13 @@ class VllmEngine:
     def _begin(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
             self._numbers += 1
-            self._tasks[reply] = self._loop.create_task(self._write(reply, str(self._numbers)))
+            task = self._tasks[reply] = self._loop.create_task(self._write(reply, str(self._numbers)))
+            # A task that is cancelled before its first step runs none of its own code.
+            task.add_done_callback(partial(self._forget, reply))
+
+    def _forget(self, reply: Reply, _: asyncio.Task[None]) -> None:
+        with self._lock:
+            del self._tasks[reply]
 
     def _abort(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
@@ -174,9 +181,6 @@ class VllmEngine:
             # The replica's health check finds out whether vLLM goes on.
             logger.exception("a reply could not be written")
             reply.fail(FAILED)
-        finally:
-            with self._lock:
-                del self._tasks[reply]
 
     async def _written(self, reply: Reply, name: str) -> bool:
         """Whether it came to an end of its own; leaving the outputs early frees what it holds."""
