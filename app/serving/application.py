@@ -45,11 +45,11 @@ def _language_model(config: ServingConfig, variant: VariantConfig) -> serve.Depl
     shared, size = config.vllm.tensor_parallel_size, config.language_model
     if variant.engine == "transformers" or shared == 1 or not size.gpus:
         return deployment
-    # The replica itself needs no GPU; vLLM's workers each take that of a bundle, on one node if it has enough.
+    # The replica itself needs no GPU; vLLM's workers each take that of a bundle. On one node: the folder is there.
     spread: serve.Deployment = deployment.options(
         ray_actor_options={"num_cpus": size.cpus},
         placement_group_bundles=[{"CPU": size.cpus, "GPU": 1.0}, *[{"GPU": 1.0}] * (shared - 1)],
-        placement_group_strategy="PACK",
+        placement_group_strategy="STRICT_PACK",
     )
     return spread
 

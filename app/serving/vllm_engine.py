@@ -22,7 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+from pydantic import ValidationError
 from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -275,11 +278,24 @@ def _noted(texts: TokenTexts, token: int, logprobs: Mapping[int, float], count: 
 async def _start(args: AsyncEngineArgs) -> AsyncLLM:
     """In the loop that it belongs to."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would tell its makers what is served here
-    config = args.create_engine_config()
     if args.distributed_executor_backend == "ray":
-        # Its engine process is not the replica's and would not find the group.
-        config.parallel_config.placement_group = get_current_placement_group()
+        group = get_current_placement_group()
+        assert group, "arguments() looked"
+        # The replica holds no GPU, and vLLM asks one what it can do: a task on the group's does.
+        on_a_gpu = ray.remote(num_cpus=0, num_gpus=0.001, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+        config = await on_a_gpu(_configured).remote(args)
+        # vLLM's engine process is not the replica's and would not find the group.
+        config.parallel_config.placement_group = group
+    else:
+        config = _configured(args)
     return AsyncLLM(config, Executor.get_class(config), log_stats=False, log_requests=False)
+
+
+def _configured(args: AsyncEngineArgs) -> Any:
+    try:
+        return args.create_engine_config()
+    except ValidationError as error:
+        raise ValueError(str(error)) from None  # pydantic's own does not come back from a task
 
 
 async def _warm_up(llm: AsyncLLM) -> None:

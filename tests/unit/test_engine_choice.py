@@ -48,7 +48,7 @@ def test_a_model_on_several_gpus_has_a_bundle_each_and_the_replica_sits_on_the_f
     replica = language_model(config("vllm", 4, 4))._replica_config
     assert replica.ray_actor_options == {"num_cpus": 0.5}
     assert replica.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}, {"GPU": 1.0}, {"GPU": 1.0}, {"GPU": 1.0}]
-    assert replica.placement_group_strategy == "PACK"
+    assert replica.placement_group_strategy == "STRICT_PACK"
 
 
 def test_without_gpus_vllm_shares_the_model_among_processes_of_the_replica() -> None:
