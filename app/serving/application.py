@@ -19,7 +19,7 @@ from app.serving.input import InputHandling
 from app.serving.language_model import LanguageModel
 from app.serving.limits import RateLimits
 from app.serving.response import ResponseManagement
-from app.settings.serving import ReplicasConfig, ServingConfig
+from app.settings.serving import ReplicasConfig, ServingConfig, VariantConfig
 
 HEALTH_CHECK_PERIOD_S = 3.0
 LEDGER = ReplicasConfig(cpus=0.0, max_ongoing_requests=1_000)
@@ -35,12 +35,7 @@ def build_app(args: ServingConfig) -> serve.Application:
     names = [variant.name for variant in args.variants]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
-    models = {
-        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{variant.name}", args.size(variant)).bind(
-            args, variant
-        )
-        for variant in args.variants
-    }
+    models = {variant.name: _language_model(args, variant).bind(args, variant) for variant in args.variants}
     functions = {
         "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
         "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),
@@ -49,6 +44,20 @@ def build_app(args: ServingConfig) -> serve.Application:
     ledger = _deployment(args, RateLimits, "RateLimits", LEDGER).bind()
     ingress = _deployment(args, InputHandling, "InputHandling", args.input)
     return ingress.bind(args, models, functions, response, ledger)
+
+
+def _language_model(config: ServingConfig, variant: VariantConfig) -> serve.Deployment:
+    size, shared = config.size(variant), config.vllm.tensor_parallel_size
+    deployment = _deployment(config, LanguageModel, f"LanguageModel-{variant.name}", size)
+    if variant.engine == "transformers" or shared == 1 or not size.gpus:
+        return deployment
+    # The replica itself needs no GPU; vLLM's workers each take that of a bundle. On one node: the folder is there.
+    spread: serve.Deployment = deployment.options(
+        ray_actor_options={"num_cpus": size.cpus},
+        placement_group_bundles=[{"CPU": size.cpus, "GPU": 1.0}, *[{"GPU": 1.0}] * (shared - 1)],
+        placement_group_strategy="STRICT_PACK",
+    )
+    return spread
 
 
 def _deployment(config: ServingConfig, kind: type, name: str, size: ReplicasConfig) -> serve.Deployment:

@@ -17,11 +17,16 @@ class EngineFull(Exception):
     """As many replies wait as may, or the engine has ended."""
 
 
+class Unsupported(Exception):
+    """The engine cannot do what it was asked for; the message tells the customer."""
+
+
 class Engine(Protocol):
     """Writes many replies at once."""
 
-    failure: Exception | None
-    """What ended it, or none: the replica's health check reports it and Serve starts another replica."""
+    @property
+    def failure(self) -> Exception | None:
+        """What ended it, or none: the replica's health check reports it and Serve starts another replica."""
 
     @property
     def slots_in_use(self) -> int:
@@ -49,7 +54,11 @@ class Engine(Protocol):
         """Free what they hold; nothing more is delivered to them."""
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Of each prompt, the mean of its tokens' last hidden states, of length 1."""
+        """Of each prompt, the mean of its tokens' last hidden states, of length 1.
+
+        Raises:
+            Unsupported: Not with this engine.
+        """
 
     def stop(self) -> None:
         """End it."""

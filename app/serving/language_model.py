@@ -10,9 +10,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
+from app.errors import ModelError
 from app.serving.autoscaling import LATENCY, LOOK_BACK_S
-from app.serving.engines import Engine, EngineFull
+from app.serving.engines import Engine, EngineFull, Unsupported
 from app.serving.output_format import GrammarFailed
 from app.serving.schema import (
     Delta,
@@ -31,6 +33,10 @@ from app.storage import local_folder
 from app.telemetry import SLOTS_IN_USE, gauge, set_up_logging
 from app.versions import APP
 
+if TYPE_CHECKING:
+    from app.serving.prompts import Prompts
+    from app.serving.vllm_engine import VllmEngine
+
 DELTA_INTERVAL_S = 0.03
 """Text of a streamed reply is sent on at most this often after the first token: each message costs a hop through
 Ray (about 1 ms of CPU), and nobody reads faster."""
@@ -44,27 +50,11 @@ class LanguageModel:
     """
 
     def __init__(self, config: ServingConfig, variant: VariantConfig) -> None:
-        from app import model as models
-        from app.serving.engine import Engine as TransformersEngine
-        from app.serving.prompts import Prompts
-
         set_up_logging(deployment="language_model", variant=variant.name)
         # The engine's thread and the event loop share the interpreter; the default 5 ms makes deltas late.
         sys.setswitchinterval(0.001)
         self._config, self._variant = config, variant
-        # In a thread that ends: see the engine.
-        with local_folder(variant.uri) as folder, ThreadPoolExecutor(1) as loader:
-            model, tokenizer = loader.submit(models.load, folder).result()
-        self._engine: Engine = TransformersEngine(
-            model,
-            tokenizer,
-            slots=config.max_batch_slots,
-            context_tokens=config.context_tokens,
-            prefix_cache_bytes=config.prefix_cache_bytes,
-            max_waiting=max(config.max_batch_slots, config.size(variant).max_ongoing_requests),
-        )
-        vocabulary = model.config.get_text_config().vocab_size
-        self._prompts = Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
+        self._engine, self._prompts = _load(config, variant)
         self._slots_in_use = gauge(SLOTS_IN_USE)
         self._waits: deque[tuple[float, float]] = deque(maxlen=256)
         """When a reply was complete, and its time to first token."""
@@ -117,6 +107,8 @@ class LanguageModel:
             vectors = await asyncio.to_thread(self._engine.embed, prompts)
         except EngineFull:
             return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
+        except Unsupported as error:
+            return Refused(400, str(error), "unsupported")
         return Embedded(tuple(tuple(vector) for vector in vectors), sum(len(prompt) for prompt in prompts))
 
     async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens:
@@ -154,6 +146,49 @@ class LanguageModel:
 
     def _show_slots(self) -> None:
         self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
+
+
+def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Prompts]":
+    """The variant's engine, and what comes before and after it.
+
+    Raises:
+        ModelError: The engine cannot serve the folder, or is not installed.
+    """
+    from app import model as models
+    from app.serving.prompts import Prompts
+
+    limits = {
+        "slots": config.max_batch_slots,
+        "context_tokens": config.context_tokens,
+        "max_waiting": max(config.max_batch_slots, config.size(variant).max_ongoing_requests),
+    }
+    engine: Engine
+    with local_folder(variant.uri) as folder:
+        if variant.engine == "vllm":
+            make = _vllm_engine(variant)
+            tokenizer, vocabulary = models.load_tokenizer(folder), models.vocabulary(folder)
+            engine = make(folder, tokenizer, vocabulary, config.vllm, **limits)
+        else:
+            from app.serving.engine import Engine as TransformersEngine
+
+            with ThreadPoolExecutor(1) as loader:  # a thread that ends: see the engine
+                model, tokenizer = loader.submit(models.load, folder).result()
+            vocabulary = model.config.get_text_config().vocab_size
+            engine = TransformersEngine(model, tokenizer, **limits, prefix_cache_bytes=config.prefix_cache_bytes)
+    return engine, Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
+
+
+def _vllm_engine(variant: VariantConfig) -> "type[VllmEngine]":
+    try:
+        from app.serving.vllm_engine import VllmEngine
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "vllm":
+            raise
+        raise ModelError(
+            f"variant {variant.name} has engine: vllm, and vLLM is not installed where its replica starts",
+            "pip install 'rayloop[vllm]'",
+        ) from error
+    return VllmEngine
 
 
 async def _merged(events: "asyncio.Queue[Event]", stream: bool, choices: int) -> AsyncIterator[Event]:

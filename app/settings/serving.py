@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,11 +63,33 @@ class VariantConfig(Section):
     """Its model folder."""
     weight: NotNegative = 1.0
     """Share of conversations, relative to the other variants; 0: only those that ask for it by its own name."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model: transformers, on CPUs and GPUs, also int8; or vLLM (extra `vllm`), for models that fill a
+    GPU, see `serving.vllm`."""
     fallback: str | None = None
     """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
     one while a large one starts. None: questions wait."""
     size: ReplicasConfig | None = None
     """Size of its deployment; none: `language_model`."""
+
+
+class VllmConfig(Section):
+    """The engine of variants with `engine: vllm`."""
+
+    tensor_parallel_size: Count = 1
+    """GPUs that share one copy of the model; `language_model.gpus` reserves as many. Without GPUs, processes."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of each GPU's memory for weights, activations and cached keys and values; on CPUs, of the machine's."""
+    kv_cache_bytes: Count | None = None
+    """Memory for cached keys and values on each GPU. None: what `gpu_memory_utilization` leaves. On CPUs, set it."""
+    enforce_eager: bool = False
+    """Start sooner and write more slowly: nothing is compiled, no CUDA graphs are captured."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of weights and activations; auto: the model's own, float32 as bfloat16."""
+    quantization: (
+        Literal["fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "int8_per_channel_weight_only", "mxfp8"] | None
+    ) = None
+    """What weights are turned into while they are loaded. None: as they are stored, also where that is quantised."""
 
 
 class FunctionsConfig(Section):
@@ -148,6 +170,8 @@ class ServingConfig(Section):
     """Input handling: access, validation."""
     language_model: ReplicasConfig = ReplicasConfig(cpus=0.5)
     """The model."""
+    vllm: VllmConfig = VllmConfig()
+    """vLLM, where a variant's engine is that."""
     response: ReplicasConfig = ReplicasConfig()
     """Response management: post-processing, hand-over, logging."""
     functions: FunctionsConfig = FunctionsConfig()
@@ -201,6 +225,14 @@ class ServingConfig(Section):
         for variant in self.variants:
             if variant.fallback is not None and (variant.fallback not in names or variant.fallback == variant.name):
                 raise ValueError(f"variant {variant.name} falls back on {variant.fallback}; the others are {names}")
+        shared = self.vllm.tensor_parallel_size
+        for variant in self.variants:
+            gpus = self.size(variant).gpus
+            if variant.engine == "vllm" and shared > 1 and gpus not in (0, shared):
+                raise ValueError(
+                    f"vllm.tensor_parallel_size={shared} GPUs share variant {variant.name}, for which {gpus:g} are "
+                    f"reserved: reserve {shared}, or 0 where there are none"
+                )
         return self
 
     def size(self, variant: VariantConfig) -> ReplicasConfig:

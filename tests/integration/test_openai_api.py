@@ -305,7 +305,17 @@ def test_tokens_are_told_and_put_together_again(client: openai.OpenAI, http: htt
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
 
 
-def test_embeddings_are_unit_vectors_in_both_encodings(client: openai.OpenAI) -> None:
+def test_embeddings_are_refused_where_the_engine_only_writes(client: openai.OpenAI, service: Service) -> None:
+    if service.engine == "transformers":
+        pytest.skip("this engine makes vectors")
+    with pytest.raises(openai.BadRequestError, match="/v1/embeddings") as caught:
+        client.embeddings.create(model="support", input="where is my order?")
+    assert caught.value.code == "unsupported"
+
+
+def test_embeddings_are_unit_vectors_in_both_encodings(client: openai.OpenAI, service: Service) -> None:
+    if service.engine == "vllm":
+        pytest.skip("this engine only writes")
     texts = ["where is my order?", "where is my order 4512?", "i want a refund"]
     plain = client.embeddings.create(model="support", input=texts, encoding_format="float")
     coded = client.embeddings.create(model="support", input=texts)
