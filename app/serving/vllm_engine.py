@@ -188,12 +188,15 @@ class VllmEngine:
     async def _written(self, reply: Reply, name: str) -> bool:
         """Whether it came to an end of its own; leaving the outputs early frees what it holds."""
         outputs = self._llm.generate(
-            tokens_input(list(reply.prompt)), sampling_params(reply, self._ends), request_id=name
+            tokens_input(list(reply.prompt), cache_salt=reply.scope or None),
+            sampling_params(reply, self._ends),
+            request_id=name,
         )
         complete = False
         async with aclosing(outputs):
             async for output in outputs:
                 (written,) = output.outputs
+                reply.cached_tokens = output.num_cached_tokens or 0
                 for token, logprobs in zip(written.token_ids, written.logprobs, strict=True):
                     complete = complete or self._add(reply, token, logprobs)
                 if complete and not output.finished:
