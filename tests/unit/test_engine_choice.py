@@ -58,7 +58,7 @@ def test_without_gpus_vllm_shares_the_model_among_processes_of_the_replica() -> 
 
 
 def test_gpus_that_do_not_fit_the_share_are_a_configuration_error() -> None:
-    with pytest.raises(ValidationError, match=r"size=4 GPUs share the model and language_model\.gpus"):
+    with pytest.raises(ValidationError, match=r"size=4 GPUs share variant champion"):
         config("vllm", 1, 4)
     assert config("transformers", 1, 4).language_model == ReplicasConfig(cpus=0.5, gpus=1)
 
