@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import functools
 import json
 import logging
 import time
@@ -88,16 +89,18 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.replies = [Writing(self.request) for _ in range(self.request.generation.choices)]
-        created = int(time.time() - (time.monotonic() - self.begun_s))
-        self.frame = openai_format.FRAMES[self.request.endpoint](
+
+    @functools.cached_property
+    def frame(self) -> openai_format.ChatFrame | openai_format.CompletionFrame:
+        """Of everything sent to the client, once it is known which version writes."""
+        return openai_format.FRAMES[self.request.endpoint](
             self.response_id,
-            created,
+            int(time.time() - (time.monotonic() - self.begun_s)),
             f"{self.variant.model}/{self.variant.version}",
             self.variant.name,
             self.request.sampling.top_logprobs is not None,
             self.request.include_usage,
         )
-        """Of everything sent to the client."""
 
     @property
     def is_finished(self) -> bool:
@@ -118,6 +121,7 @@ class Answer:
         """Note what the language model sent; returns what the client may read now."""
         if isinstance(event, Started):
             self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.cached_tokens
+            self.variant = event.variant or self.variant
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
@@ -127,6 +131,12 @@ class Answer:
                 self.first_token_s = event.time_to_first_token_s
             return self.replies[event.choice].finish(event)
         return []
+
+    def is_outdated(self, started: Started) -> bool:
+        """Whether the request names one version, and another one would write."""
+        named, found = self.variant, started.variant or self.variant
+        is_pinned = self.request.model == f"{named.model}/{named.version}"
+        return is_pinned and (found.model, found.version) != (named.model, named.version)
 
     def draft(self, status: Literal["ok", "cancelled", "error"]) -> Draft:
         """All there is to know of it now."""
@@ -163,6 +173,8 @@ class Answering:
 
     def __init__(self, response: "DeploymentHandle[Any]") -> None:
         self._response = response
+        self.heard_s: dict[str, float] = {}
+        """By variant, when its model last wrote something."""
         self._background: set[asyncio.Task[Any]] = set()
         self._time_to_first_token, self._latency = histogram(TIME_TO_FIRST_TOKEN), histogram(END_TO_END_LATENCY)
         self._prompt_tokens, self._completion_tokens = counter(PROMPT_TOKENS), counter(COMPLETION_TOKENS)
@@ -194,9 +206,15 @@ class Answering:
         source: Any = language_model.options(stream=True).generate.remote(answer.request.generation)
         try:
             async for event in source:
+                self.heard_s[answer.variant.name] = time.monotonic()
                 if isinstance(event, Refused):
                     answer.settled = True  # never begun, so nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)
+                if isinstance(event, Started) and answer.is_outdated(event):
+                    source.cancel()
+                    answer.settled = True
+                    what = f"model {answer.request.model!r} is no longer here: another version took over"
+                    raise RequestError(404, what, "model_not_found", "model")
                 yield event
             if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")

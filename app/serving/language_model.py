@@ -93,7 +93,7 @@ class LanguageModel:
             return
         self._show_slots()
         try:
-            yield Started(sum(len(prompt) for prompt in prompts))
+            yield Started(sum(len(prompt) for prompt in prompts), variant=self._variant)
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
             async for event in _merged(events, request.stream, request.choices):

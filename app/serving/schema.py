@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from app.conversation import Message
+from app.settings.serving import VariantConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Started:
     prompt_tokens: int
     cached_tokens: int = 0
     """Of these, what did not have to be read because an earlier request had the same beginning."""
+    variant: VariantConfig | None = None
+    """Whose model writes: while versions change, not always the one that input handling knows by that name."""
 
 
 @dataclass(frozen=True)
