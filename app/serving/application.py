@@ -31,11 +31,13 @@ def build_app(args: ServingConfig) -> serve.Application:
     names = [variant.name for variant in args.variants]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
+    # By place, not by name: Serve takes a deployment that is not named any more away at once, while one that goes on
+    # under its name gives way only once its successor is healthy.
     models = {
-        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{variant.name}", args.language_model).bind(
+        variant.name: _deployment(args, LanguageModel, f"LanguageModel-{place}", args.language_model).bind(
             args, variant
         )
-        for variant in args.variants
+        for place, variant in enumerate(args.variants, start=1)
     }
     functions = {
         "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
