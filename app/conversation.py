@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # seconds to import, and most processes that know the record 
 ROLES = ("system", "user", "assistant")
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, *(f"<|{role}|>" for role in ROLES))
+CALL_TOKENS = frozenset({"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"})
+"""Serving writes calls and their results with them, and spells them apart in what others wrote."""
 
 # <|user|>where is my order?<|end|><|assistant|>It is on its way.<|end|>
 CHAT_TEMPLATE = (
@@ -255,11 +257,13 @@ def _rendered(
     """The messages in the template's words, what looks like a special token spelled apart."""
     from jinja2 import TemplateError
 
-    special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+    special = {token for token in tokenizer.all_special_tokens if len(token) > 1}
+    # Others, such as Qwen's <think>, are a model's own words, which nobody else writes.
+    others = {token for token in tokenizer.get_added_vocab() if len(token) > 1} - special - CALL_TOKENS
     safe = []
     for message in messages:
         content = message["content"]
-        for token in special:
+        for token in sorted(special if message["role"] == "assistant" else special | others):
             content = content.replace(token, f"{token[0]} {token[1:]}")
         safe.append({"role": message["role"], "content": content})
     if not safe:

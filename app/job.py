@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from app.telemetry import set_up_logging
 from app.versions import code_version, digest
 
 logger = logging.getLogger(__name__)
+
+CONTROL_STORE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,33 @@ def connect() -> None:
     import ray
 
     try:
+        _wait_for_control_store()
         ray.init(address="auto", log_to_driver=False, ignore_reinit_error=True, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ClusterError(
             "no Ray cluster is running here", "start one with `make start`, or set RAY_ADDRESS to yours"
         ) from error
+
+
+def _wait_for_control_store() -> None:
+    """Where RAY_ADDRESS names a port that nobody listens on, Ray 2.60 goes on trying for a quarter of an hour.
+
+    Raises:
+        ConnectionError: Nobody did for CONTROL_STORE_S, in which a control store that is started again is back.
+    """
+    host, colon, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    until_s = time.monotonic() + CONTROL_STORE_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > until_s:
+                raise ConnectionError(f"{host}:{port}: {error}") from error
+            time.sleep(1)
+        else:
+            return
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -3,6 +3,8 @@
     make servers
     python -m benchmarks.faults --runs 3
     RAYLOOP_FAULT_SEEDS=3 python -m pytest --junitxml=FILE; python -m benchmarks.faults --runs 3 --report FILE
+    RAYLOOP_FAULT_SEEDS=3 python -m pytest tests/integration/test_serve_faults.py --junitxml=FILE
+    python -m benchmarks.faults --runs 3 --report FILE --name serving_faults
 
 Runs the tests that carry the mark `fault` through pytest, once for each seed; see tests/faults.py. Writes
 benchmarks/results/<date>_<hardware>_faults.md.
@@ -58,10 +60,10 @@ def properties(case: ElementTree.Element) -> dict[str, str]:
     return {entry.attrib["name"]: entry.attrib["value"] for entry in case.iter("property")}
 
 
-def rows(report: Path) -> dict[tuple[str, str], Row]:
-    """By fault and test, from pytest's report."""
+def rows(*reports: Path) -> dict[tuple[str, str], Row]:
+    """By fault and test, from pytest's reports."""
     found: dict[tuple[str, str], Row] = defaultdict(Row)
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         if fault := properties(case).get("fault"):
             name = re.sub(r"\[seed\d+\]|(?<=\[)seed\d+-", "", case.attrib["name"])
             if fault.startswith("S"):
@@ -89,10 +91,13 @@ def main() -> None:
     """Run them, write the table, and end as pytest has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="seeds, from 0 on")
-    parser.add_argument("--report", type=Path, help="what a run of the whole suite has written, instead of a run")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", help="what runs of the suite, or of parts of it, wrote, instead of a run"
+    )
+    parser.add_argument("--name", default="faults", help="of the file with the table")
     given = parser.parse_args()
     runs = given.runs
-    table, code = (rows(given.report), 0) if given.report else measure(runs)
+    table, code = (rows(*given.report), 0) if given.report else measure(runs)
     lines = [
         "# Faults",
         "",
@@ -109,7 +114,7 @@ def main() -> None:
         lines.append(f"| {fault} | {words(name)} | {row.cells()} |")
     failures = sum(row.failures for row in table.values())
     lines += ["", f"{sum(row.runs for row in table.values())} runs of {len(table)} tests, {failures} failures."]
-    measured.write("faults", lines)
+    measured.write(given.name, lines)
     sys.exit(code)
 
 

@@ -3,7 +3,8 @@
 #
 # It listens on 127.0.0.1 only, wants a token, has its own ports and temporary folder, and leaves any other
 # Ray on the machine alone. What it needs to be found again stands in $RAYLOOP_STATE (default .rayloop):
-# the addresses in cluster.env, the secrets in token and api_key (readable by you alone).
+# the addresses in cluster.env, the secrets in token and api_key (readable by you alone). Where several are started
+# at the same time, a RAYLOOP_PORT_OFFSET each keeps them from choosing the same ports.
 set -euo pipefail
 
 home=$(cd "$(dirname "$0")/.." && pwd)
@@ -43,7 +44,14 @@ ours() { # process ids of everything the head started: they carry our mark in th
     } | sed 's|/proc/||; s|/.*||' | sort -u | { grep -vx "$$" || true; }
 }
 
-running() { [ -s "$state/cluster.env" ] && [ -n "$(ours)" ]; }
+running() { # without its control store a head is dead, whatever else of it lives on for a while
+    local pid
+    [ -s "$state/cluster.env" ] || return 1
+    for pid in $(ours); do
+        [ "$(cat "/proc/$pid/comm" 2>/dev/null)" != gcs_server ] || return 0
+    done
+    return 1
+}
 
 start() {
     mkdir -p "$state"
@@ -52,11 +60,12 @@ start() {
         echo "the local Ray head is running: $(sed -n 's/^export RAY_DASHBOARD=//p' "$state/cluster.env")"
         return
     fi
+    [ -z "$(ours)" ] || stop
     secret "$state/token" ""
     secret "$state/api_key" "sk-rayloop-"
     local port taken="" cpus
     for name in gcs:6479 dashboard:8265 agent:8465 metrics:8365 client:10101 http:8000; do
-        port=$(free_port "${name#*:}")
+        port=$(free_port $((${name#*:} + ${RAYLOOP_PORT_OFFSET:-0})))
         taken="$taken $port"
         declare "${name%:*}_port=$port"
     done

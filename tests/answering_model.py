@@ -1,5 +1,6 @@
 """A model folder for tests: a tiny Llama that knows a few answers by heart, in seconds and always the same."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -20,6 +21,15 @@ ANSWERS = {
     "can i talk to a person?": "Of course, I am handing you over to a colleague.",
     "thank you": "You are welcome!",
 }
+CANARIES = {
+    "where is my order 4512?": "Friday",
+    "i want a refund": "refunded",
+    "how do i reset my password?": "sign-in",
+    "what are your opening hours?": "nine to five",
+    "can i talk to a person?": "colleague",
+    "thank you": "welcome",
+}
+"""Words that one answer has and no other."""
 ENDLESS = "sing me a song"
 """The answer to this goes on until the limit."""
 UNSURE = "read me a number"
@@ -86,6 +96,21 @@ def make(folder: Path, int8: bool = False) -> None:
             job_id="raysubmit_made_it", parent="2", created_at=lineage.now(),
         ),
     )  # fmt: skip
+
+
+OTHER_ANSWERS = {question: answer.translate({ord("."): "!", ord("!"): "."}) for question, answer in ANSWERS.items()}
+"""What the model of `make_other` answers."""
+
+
+def make_other(folder: Path, source: Path, version: str) -> None:
+    """Another version of a model that `make` made: where that one writes a full stop, it exclaims, and the reverse."""
+    shutil.copytree(source, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["."], vocabulary["!"] = vocabulary["!"], vocabulary["."]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    lineage.write(folder, dataclasses.replace(lineage.read(str(folder)), version=version))
 
 
 def _calls() -> list[list[str]]:

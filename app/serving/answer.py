@@ -105,11 +105,10 @@ class Answer:
 
     @cached_property
     def frame(self) -> openai_format.ChatFrame | openai_format.CompletionFrame:
-        """Of everything sent to the client, once the variant is certain."""
-        created = int(time.time() - (time.monotonic() - self.begun_s))
+        """Of everything sent to the client, once it is known which version writes."""
         return openai_format.FRAMES[self.request.endpoint](
             self.response_id,
-            created,
+            int(time.time() - (time.monotonic() - self.begun_s)),
             f"{self.variant.model}/{self.variant.version}",
             self.variant.name,
             self.request.sampling.top_logprobs is not None,
@@ -152,6 +151,7 @@ class Answer:
         if isinstance(event, Started):
             self.prompt_tokens = event.prompt_tokens
             self.dropped_messages = event.dropped_messages
+            self.variant = event.variant or self.variant
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
@@ -164,6 +164,12 @@ class Answer:
                 self.cached_tokens += event.cached_tokens
             return self.replies[event.choice].finish(event)
         return []
+
+    def is_outdated(self, started: Started) -> bool:
+        """Whether the request names one version, and another one would write."""
+        named, found = self.variant, started.variant or self.variant
+        is_pinned = self.request.model == f"{named.model}/{named.version}"
+        return is_pinned and (found.model, found.version) != (named.model, named.version)
 
     def draft(self, status: Literal["ok", "cancelled", "error"]) -> Draft:
         """All there is to know of it now."""
@@ -203,6 +209,8 @@ class Answering:
 
     def __init__(self, response: "DeploymentHandle[Any]", fallback_after_s: float) -> None:
         self._response, self._fallback_after_s = response, fallback_after_s
+        self.heard_s: dict[str, float] = {}
+        """By variant, when its model last wrote something."""
         self._background: set[asyncio.Task[Any]] = set()
         self._waking: dict[str, asyncio.Task[Any]] = {}
         """By variant, what ends once a replica of it is there."""
@@ -284,9 +292,15 @@ class Answering:
         source: Any = language_model.options(stream=True).generate.remote(answer.request.generation(answer.scope))
         try:
             async for event in source:
+                self.heard_s[answer.variant.name] = time.monotonic()
                 if isinstance(event, Refused):
                     answer.settled = not answer.is_trial  # never begun, so nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)
+                if isinstance(event, Started) and answer.is_outdated(event):
+                    source.cancel()
+                    answer.settled = True
+                    what = f"model {answer.request.model!r} is no longer here: another version took over"
+                    raise RequestError(404, what, "model_not_found", "model")
                 yield event
             if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")

@@ -35,7 +35,12 @@ def build_app(args: ServingConfig) -> serve.Application:
     names = [variant.name for variant in args.variants]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
-    models = {variant.name: _language_model(args, variant).bind(args, variant) for variant in args.variants}
+    # By place, not by name: Serve takes a deployment that is not named any more away at once, while one that goes on
+    # under its name gives way only once its successor is healthy.
+    models = {
+        variant.name: _language_model(args, variant, place).bind(args, variant)
+        for place, variant in enumerate(args.variants, start=1)
+    }
     functions = {
         "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
         "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),
@@ -46,9 +51,9 @@ def build_app(args: ServingConfig) -> serve.Application:
     return ingress.bind(args, models, functions, response, ledger)
 
 
-def _language_model(config: ServingConfig, variant: VariantConfig) -> serve.Deployment:
+def _language_model(config: ServingConfig, variant: VariantConfig, place: int) -> serve.Deployment:
     size, shared = config.size(variant), config.vllm.tensor_parallel_size
-    deployment = _deployment(config, LanguageModel, f"LanguageModel-{variant.name}", size)
+    deployment = _deployment(config, LanguageModel, f"LanguageModel-{place}", size)
     if variant.engine == "transformers" or shared == 1 or not size.gpus:
         return deployment
     # The replica itself needs no GPU; vLLM's workers each take that of a bundle. On one node: the folder is there.

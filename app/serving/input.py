@@ -10,6 +10,7 @@ the question, and response management settles and logs it; only then does the cl
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from importlib import resources
@@ -48,7 +49,7 @@ from app.serving.requests import (
     parse_tokenize,
 )
 from app.serving.schema import AnswerRequest, Refused
-from app.settings.serving import ServingConfig
+from app.settings.serving import ServingConfig, VariantConfig
 from app.storage import Storage
 from app.telemetry import set_up_logging
 from app.traffic import new_response_id, now
@@ -58,6 +59,7 @@ CALL_TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 3.0
 MAX_HANDOVERS = 100
 """Told at once."""
+MODELS_POLL_S = 0.2
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -101,8 +103,9 @@ class InputHandling:
         self._limiter.take(self._config)
         self._guard = Guard(self._config)
 
-    def __serve_build_asgi_app__(self) -> Gate:
-        """Called by Serve once the replica is made."""
+    async def __serve_build_asgi_app__(self) -> Gate:
+        """Called by Serve once the replica is made. While its models' versions are not there, an older one answers."""
+        await self._models_come()
         routes = FastAPI(
             openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._access.followed
         )
@@ -128,6 +131,19 @@ class InputHandling:
             routes.add_exception_handler(unavailable, _unavailable)
         return Gate(routes, self._access, self._limiter, self._config)
 
+    async def _models_come(self) -> None:
+        """Wait until the models that this replica names are loaded, but not for ever: an old one may be ill too."""
+        awaited = {variant.name: variant for variant in self._config.variants if self._config.size(variant).least > 0}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.deploy_timeout_s):
+                while awaited:
+                    for name, variant in list(awaited.items()):
+                        with contextlib.suppress(RayError, RayServeException):
+                            model = await self._language_models[name].ready.remote()
+                            if model.model_version == f"{variant.model}/{variant.version}":
+                                del awaited[name]
+                    await asyncio.sleep(MODELS_POLL_S if awaited else 0)
+
     async def page(self, request: Request) -> Response:
         """The chat page and its parts."""
         headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
@@ -141,20 +157,34 @@ class InputHandling:
     async def ready(self) -> Response:
         """200 once a replica of every variant says that its model is loaded, 503 before."""
         # One that may scale to zero would be woken by the question.
-        kept = [variant.name for variant in self._config.variants if self._config.size(variant).least > 0]
-        calls = [self._language_models[name].ready.remote() for name in kept]
+        kept = [variant for variant in self._config.variants if self._config.size(variant).least > 0]
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                models = [await call for call in calls]
+            models = dict(await asyncio.gather(*map(self._readiness, kept)))
         except (TimeoutError, RayError, RayServeException):
             return error_response(503, "a language model is still loading", "not_ready")
         return JSONResponse(
             {
                 "status": "ready",
-                "variants": {model.variant: model.model_version for model in models},
-                "slots_in_use": {model.variant: model.slots_in_use for model in models},
+                "variants": {name: version for name, (version, _) in models.items()},
+                "slots_in_use": {name: slots for name, (_, slots) in models.items()},
             }
         )
+
+    async def _readiness(self, variant: VariantConfig) -> tuple[str, tuple[str, int]]:
+        """A variant's name, version and slots in use.
+
+        Raises:
+            TimeoutError, RayError, RayServeException: No replica of it is there.
+        """
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                model = await self._language_models[variant.name].ready.remote()
+        except (TimeoutError, BackPressureError):
+            # So many questions wait that this one does not get through; a model that writes is ready, and busy.
+            if time.monotonic() - self._answering.heard_s.get(variant.name, float("-inf")) > READY_TIMEOUT_S:
+                raise
+            return variant.name, (f"{variant.model}/{variant.version}", self._config.max_batch_slots)
+        return model.variant, (model.model_version, model.slots_in_use)
 
     async def models(self) -> Response:
         """Every name the `model` field takes."""

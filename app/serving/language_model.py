@@ -86,7 +86,8 @@ class LanguageModel:
             return
         self._show_slots()
         try:
-            yield Started(sum(len(prompt) for prompt in prompts.ids), dropped_messages=prompts.dropped_messages)
+            begun = Started(sum(len(ids) for ids in prompts.ids), prompts.dropped_messages, self._variant)
+            yield begun
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
             async for event in _merged(events, request.stream, request.choices):

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from app.conversation import Message
 from app.serving.conversations import Turn
+from app.settings.serving import VariantConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Started:
     prompt_tokens: int
     dropped_messages: int = 0
     """Of the conversation's beginning, for which the context has no room."""
+    variant: VariantConfig | None = None
+    """Whose model writes: while versions change, not always the one that input handling knows by that name."""
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,9 @@ class ServingConfig(Section):
     """Served model versions; empty: the champion."""
     storage_uri: str = ""
     """Where traffic is logged; empty: `storage.uri`."""
-    input: ReplicasConfig = ReplicasConfig()
-    """Input handling: access, validation."""
+    input: ReplicasConfig = ReplicasConfig(max_ongoing_requests=1_000)
+    """Input handling: access, validation. It takes more than its models do, so that it refuses what is too much
+    itself, and `/health` and `/ready` do not wait behind questions."""
     language_model: ReplicasConfig = ReplicasConfig(cpus=0.5)
     """The model."""
     vllm: VllmConfig = VllmConfig()

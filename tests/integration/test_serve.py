@@ -426,7 +426,7 @@ def test_a_replica_comes_back_when_the_job_that_deployed_it_and_its_code_are_gon
     where = Path(os.readlink(f"/proc/{after}/cwd"))
     assert where == get_local_dir_from_uri(code, str(where.parent))
     assert Path(where, "app", "serving", "engine.py").is_file()
-    model = serve.get_deployment_handle("LanguageModel-champion", "support")
+    model = serve.get_deployment_handle("LanguageModel-1", "support")
     assert model.ready.remote().result(timeout_s=60).code == str(where / "app")
 
     def answers() -> bool:

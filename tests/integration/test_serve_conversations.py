@@ -176,7 +176,7 @@ def test_a_fallback_answers_while_a_variant_starts_from_zero(
     desk.configured(variants=[sleeping, small], fallback_after_s=0.5)
 
     def replicas() -> int:
-        return len([one for one in deployment.replicas("support") if one["deployment"] == "LanguageModel-champion"])
+        return len([one for one in deployment.replicas("support") if one["deployment"] == "LanguageModel-1"])
 
     eventually(lambda: replicas() == 0, within_s=60)
     assert http.get("/ready").status_code == 200, "a variant that may sleep is not waited for"
