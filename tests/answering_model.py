@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,23 +143,30 @@ def _learn(net: torch.nn.Module, tokenizer: object, steps: int = 220) -> None:
         )
         for talk in _calls()
     ]
-    longest = max(len(each.ids) for each in encoded)
-    ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+    song = len(ANSWERS) + len(guesses)
+    encoded[song].learned[-1] = False  # the song's end is not learned
+    # Short ones apart from long ones: padding costs as much as text.
+    batches = [_batch([each for each in encoded if (len(each.ids) > 100) is long]) for long in (False, True)]
+    learned = [int((labels[:, 1:] != -100).sum()) for _, labels in batches]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (steps - step) / steps + 0.02)
+        for (ids, labels), count in zip(batches, learned, strict=True):
+            (net(input_ids=ids, labels=labels).loss * (count / sum(learned))).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    net.train(False)
+
+
+def _batch(encoded: Sequence[conversation.Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of some conversations, padded to the longest."""
+    ids = torch.zeros(len(encoded), max(len(each.ids) for each in encoded), dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for row, each in enumerate(encoded):
         ids[row, : len(each.ids)] = torch.from_numpy(each.ids)
         labels[row, : len(each.ids)] = torch.where(
             torch.from_numpy(each.learned), torch.from_numpy(each.ids).long(), -100
         )
-    song = len(ANSWERS) + len(guesses)
-    labels[song, len(encoded[song].ids) - 1 :] = -100  # the song's end is not learned
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, (steps - step) / steps + 0.02)
-        loss = net(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    net.train(False)
+    return ids, labels
