@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import hashlib
 import json
 import logging
 import time
@@ -33,6 +34,8 @@ from app.telemetry import (
 
 logger = logging.getLogger(__name__)
 
+SESSION_TOKENS = 64
+"""Of a plain prompt, or so many characters, that say where it goes."""
 START_TIMEOUT_S = 60.0
 """How long a question waits for a language model to accept it before the client reads 503."""
 
@@ -114,6 +117,16 @@ class Answer:
             self.request.sampling.top_logprobs is not None,
             self.request.include_usage,
         )
+
+    @property
+    def session(self) -> str:
+        """The same for all turns of a conversation, by how it begins; where routing goes by that."""
+        begin: list[Any] = [self.scope]
+        for prompt in self.request.prompts[:1]:
+            messages = [part for part in prompt if isinstance(part, dict)]
+            first = next((place for place, one in enumerate(messages) if one["role"] == "user"), 0)
+            begin.append([one["content"] for one in messages[: first + 1]] or prompt[:SESSION_TOKENS])
+        return hashlib.blake2b(json.dumps(begin).encode(), digest_size=16).hexdigest()
 
     def ours(self, conclusion: Conclusion) -> dict[str, Any]:
         """What we tell beyond OpenAI's fields."""
@@ -289,7 +302,9 @@ class Answering:
 
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
         """The language model's events. An answer that breaks off is cancelled and recorded."""
-        source: Any = language_model.options(stream=True).generate.remote(answer.request.generation(answer.scope))
+        source: Any = language_model.options(stream=True, session_id=answer.session).generate.remote(
+            answer.request.generation(answer.scope)
+        )
         try:
             async for event in source:
                 self.heard_s[answer.variant.name] = time.monotonic()

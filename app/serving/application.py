@@ -11,6 +11,7 @@ Deployed by jobs/serve.py from the configuration; `import_path: app.serving.appl
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from app.errors import ConfigError
 from app.serving.autoscaling import autoscaling
@@ -22,6 +23,8 @@ from app.serving.response import ResponseManagement
 from app.settings.serving import ReplicasConfig, ServingConfig, VariantConfig
 
 HEALTH_CHECK_PERIOD_S = 3.0
+PREFIX_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+"""By `Answer.session`; two others are tried where the first is full."""
 LEDGER = ReplicasConfig(cpus=0.0, max_ongoing_requests=1_000)
 """The ledger of rate limits: two would each let the whole limit in."""
 
@@ -54,6 +57,9 @@ def build_app(args: ServingConfig) -> serve.Application:
 def _language_model(config: ServingConfig, variant: VariantConfig, place: int) -> serve.Deployment:
     size, shared = config.size(variant), config.vllm.tensor_parallel_size
     deployment = _deployment(config, LanguageModel, f"LanguageModel-{place}", size)
+    if config.routing == "prefix":
+        router: Any = PREFIX_ROUTER
+        deployment = deployment.options(request_router_config=RequestRouterConfig(request_router_class=router))
     if variant.engine == "transformers" or shared == 1 or not size.gpus:
         return deployment
     # The replica itself needs no GPU; vLLM's workers each take that of a bundle. On one node: the folder is there.

@@ -183,6 +183,9 @@ class ServingConfig(Section):
     """A replica that is taken away gets so long to complete its answers."""
     max_batch_slots: Count = 16
     """Sequences that one language model replica generates at once."""
+    routing: Literal["load", "prefix"] = "load"
+    """load: a question goes to the less busy of two replicas of its model. prefix: a conversation stays with the
+    replica that has read its beginning, unless that is full."""
     prefix_cache_bytes: Natural = 128_000_000
     """Of a replica's memory, for what it has read of prompts' beginnings; the same beginning is not read again."""
     context_tokens: Annotated[int, Field(ge=32)] = 512

@@ -193,6 +193,28 @@ def test_a_fallback_answers_while_a_variant_starts_from_zero(
     desk.configured()
 
 
+@pytest.mark.slow
+def test_a_conversation_stays_with_the_replica_that_has_read_it(client: openai.OpenAI, desk: Desk) -> None:
+    def follow_ups(begin: str) -> list[int]:
+        """Tokens that second turns found read, of conversations that begin differently."""
+        found = []
+        for talk in range(8):
+            first = asked(f"{begin} {talk} " + "please " * 30)
+            said = client.chat.completions.create(model="support", messages=first, max_tokens=4).choices[0].message
+            messages = [*first, {"role": "assistant", "content": said.content or "-"}, *asked("thank you")]
+            for _ in range(2):
+                usage = client.chat.completions.create(model="support", messages=messages, max_tokens=4).usage
+            assert usage
+            assert usage.prompt_tokens_details
+            found.append(usage.prompt_tokens_details.cached_tokens or 0)
+        return found
+
+    two = {"replicas": 2, "cpus": 0.2}
+    desk.configured(routing="prefix", language_model=two, rules=[])
+    assert min(follow_ups("one")) >= 64
+    desk.configured()
+
+
 def pids() -> set[int]:
     return {replica["pid"] for replica in deployment.replicas("support") if replica.get("pid")}
 
