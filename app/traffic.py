@@ -239,6 +239,16 @@ def _listed(storage: Storage, folder: str) -> list[fs.FileInfo]:
         raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
 
 
+def find_exchange(storage: Storage, response_id: str) -> Exchange | None:
+    """The exchange with an id. The id says when the request came in, so only files of about then are read."""
+    match = _ID.match(response_id)
+    if not match:
+        return None
+    asked_s = int(match[1], 16) / 1000
+    exchanges = _matching(storage, Exchange, response_id, asked_s, asked_s + LATEST_ANSWER_S)
+    return next((record for record in exchanges if isinstance(record, Exchange)), None)
+
+
 def find(storage: Storage, response_id: str) -> tuple[Exchange | None, list[Feedback]]:
     """The exchange with an id and all feedback on it, oldest first.
 

@@ -6,6 +6,7 @@ random. One is made when the application is first deployed and there is none.
 
 import asyncio
 import datetime
+import hashlib
 import hmac
 import logging
 import os
@@ -60,7 +61,9 @@ class Access:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         given = os.environ.get(VARIABLE)
-        self._environment = (given, keys.stored_key(given, "environment", "environment", _now())) if given else None
+        self._environment = keys.stored_key(given, "environment", "environment", _now()) if given else None
+        # The same in every replica and at every look.
+        self._salt = hashlib.sha256(f"user salt {given}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
         self._of_file: KeyRing | None = None
         self._ring = self._read()
         self._is_stale = False
@@ -128,10 +131,10 @@ class Access:
         if found is None and self._of_file is not None:
             raise StorageError(f"{self._storage.uri(*FILE)} is gone", "restore it, or make keys and deploy again")
         self._of_file = found
-        ring = found or keys.new_ring()
-        if self._environment is None or any(key.matches(self._environment[0]) for key in ring.keys):
-            return ring
-        return KeyRing(ring.user_salt, (*ring.keys, self._environment[1]))
+        if found is not None:
+            # What is deployed puts RAYLOOP_API_KEY into the file. A replica's own environment may be older.
+            return found
+        return KeyRing(self._salt, (self._environment,) if self._environment else ())
 
     async def _follow(self) -> None:
         while True:

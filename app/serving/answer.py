@@ -60,7 +60,8 @@ class Writing:
     def finish(self, finished: Finished) -> list[Piece]:
         """Note its end; returns what was held back."""
         self.finished = finished
-        called = bool(self.choice.calls) and finished.finish_reason == "stop" and not self._is_named
+        is_whole = bool(self.choice.calls) and self._calls is not None and not self._calls.is_open
+        called = is_whole and finished.finish_reason == "stop" and not self._is_named
         self.choice.finish_reason = "tool_calls" if called else finished.finish_reason
         return self._noted(self._calls.finish() if self._calls else [])
 
@@ -361,6 +362,7 @@ class Answering:
         if answer.insight:
             answer.known = await answer.insight
         answer.settled = True
+        limits.spend(answer.prompt_tokens + answer.completion_tokens)
         settling = self._in_background(self._settle(answer.draft("ok")))
         conclusion: Conclusion | Refused = await asyncio.shield(settling)
         if isinstance(conclusion, Refused):
@@ -372,7 +374,6 @@ class Answering:
             self._prompt_tokens.inc(answer.prompt_tokens, tags)
         if answer.completion_tokens:
             self._completion_tokens.inc(answer.completion_tokens, tags)
-            limits.spend(answer.prompt_tokens + answer.completion_tokens)
         return conclusion
 
     def _record_broken(self, answer: Answer, status: Literal["cancelled", "error"]) -> None:

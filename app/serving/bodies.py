@@ -51,11 +51,13 @@ def _several(value: Any) -> Any:
 Content = Annotated[str, BeforeValidator(_text), WithJsonSchema(_STRING_OR_PARTS)]
 Nothing = Annotated[None, BeforeValidator(_nothing), WithJsonSchema(_NOTHING)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     list[StopString],
-    Field(max_length=4),
+    Field(max_length=4, fail_fast=True),
     BeforeValidator(_several),
     WithJsonSchema(
         {
@@ -96,7 +98,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: Nothing = None
     function_call: Nothing = None
@@ -184,11 +186,11 @@ class SamplingBody(Body):
 class ChatCompletionBody(SamplingBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -204,7 +206,7 @@ class ChatCompletionBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
-    prompt: Annotated[str, Field(min_length=1)] | Tokens | list[Annotated[str, Field(min_length=1)]] | list[Tokens]
+    prompt: Annotated[str, Field(min_length=1)] | Tokens | Texts | TokenLists
     best_of: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -214,7 +216,7 @@ class EmbeddingBody(Body):
     """POST /v1/embeddings"""
 
     model: str
-    input: Annotated[str, Field(min_length=1)] | Tokens | list[Annotated[str, Field(min_length=1)]] | list[Tokens]
+    input: Annotated[str, Field(min_length=1)] | Tokens | Texts | TokenLists
     dimensions: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -225,8 +227,8 @@ class TokenizeBody(Body):
 
     model: str
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
 
 
 class DetokenizeBody(Body):
@@ -239,7 +241,7 @@ class DetokenizeBody(Body):
 class TakeBody(Body):
     """POST /v1/handovers/{response_id}/take"""
 
-    agent: Annotated[str, Field(min_length=1, max_length=128)]
+    agent: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")]
 
 
 class FeedbackBody(Body):

@@ -6,12 +6,17 @@ One belongs to the API key's name that began it: nobody else can go on with it o
 nothing was said for `conversation_ttl_s`.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from app.errors import StorageError
@@ -19,6 +24,8 @@ from app.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+MAX_MESSAGES, MAX_BYTES = 100, 100_000
+"""Of a conversation that are kept; more than any context takes."""
 _FOLDER = ("serving", "conversations")
 
 
@@ -63,39 +70,70 @@ class Conversations:
             raise StorageError(f"{self._storage.uri(*_FOLDER, name)} is damaged ({error})", "remove it") from error
         return messages if age_s <= self._ttl_s else []
 
-    def check(self, turn: Turn) -> None:
-        """See that nobody else went on with it.
+    @contextmanager
+    def going_on(self, turn: Turn) -> Iterator[None]:
+        """While this is open, nobody else goes on with any conversation: of replicas on one machine, too.
+
+        On an object store, which has no locks, two replicas may go on with one at the same moment.
 
         Raises:
-            WentOn: Somebody did.
+            WentOn: Another request went on with it meanwhile.
             StorageError: It cannot be read.
         """
-        if len(self.messages(turn.owner, turn.conversation_id)) != turn.begun:
-            raise WentOn
+        with self._lock, self._alone():
+            if len(self.messages(turn.owner, turn.conversation_id)) != turn.begun:
+                raise WentOn
+            yield
 
     def add(self, turn: Turn, reply: dict[str, Any]) -> None:
-        """Remember a turn and its reply; on disk when this returns.
+        """Remember a turn and its reply, while `going_on` is open; on disk when this returns.
 
         Raises:
-            WentOn: Another request went on with it meanwhile; nothing is changed.
             StorageError: It cannot be written.
         """
-        with self._lock:
-            said = self.messages(turn.owner, turn.conversation_id)
-            if len(said) != turn.begun:
-                raise WentOn
-            content = {"updated_at": time.time(), "messages": [*said, *turn.messages, reply]}
-            encoded = json.dumps(content, ensure_ascii=True).encode()
-            self._storage.write(encoded, *_FOLDER, _name(turn.owner, turn.conversation_id))
+        said = self.messages(turn.owner, turn.conversation_id)
+        messages = _recent([*said, *turn.messages, reply])
+        content = json.dumps({"updated_at": time.time(), "messages": messages}, ensure_ascii=True)
+        self._storage.write(content.encode(), *_FOLDER, _name(turn.owner, turn.conversation_id))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._storage.is_local:
+            yield
+            return
+        path = Path(self._storage.path(*_FOLDER, ".lock"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot write {path} ({error})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def forget_old(self) -> int:
         """Remove those that nobody went on with for too long; returns how many."""
         now_s, removed = time.time(), 0
         for info in self._storage.files(*_FOLDER):
-            if info.mtime_ns is not None and now_s - info.mtime_ns / 1e9 > self._ttl_s:
-                self._storage.remove_file(*_FOLDER, info.base_name)
-                removed += 1
+            is_one = info.base_name.endswith(".json") and info.mtime_ns is not None
+            if is_one and now_s - info.mtime_ns / 1e9 > self._ttl_s:
+                with suppress(StorageError):  # another replica was faster
+                    self._storage.remove_file(*_FOLDER, info.base_name)
+                    removed += 1
         return removed
+
+
+def _recent(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is kept of a long conversation: its system text and its last whole turns."""
+    begin = 1 if messages[0]["role"] in ("system", "developer") else 0
+    turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    for place in turns:
+        kept = [*messages[:begin], *messages[place:]]
+        if len(kept) <= MAX_MESSAGES and sum(len(json.dumps(message)) for message in kept) <= MAX_BYTES:
+            return kept
+    return [*messages[:begin], *messages[turns[-1] :]] if turns else messages
 
 
 def _name(owner: str, conversation_id: str) -> str:

@@ -61,6 +61,7 @@ class Engine:
         max_waiting: int,
         prefix_cache_bytes: int = 0,
     ) -> None:
+        _check_attention(model, context_tokens)
         self._device = model.device
         pack(model)
         self._model: Any = model
@@ -127,12 +128,12 @@ class Engine:
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Of each prompt, the mean of its tokens' last hidden states, of length 1; computed between two passes."""
-        if self.failure:
-            raise EngineFull
         vectors = []
         for ids in prompts:
             done: Future[list[float]] = Future()
             with self._wake:
+                if self.failure or self._stopping:
+                    raise EngineFull
                 self._tasks.append((partial(self._embedded, ids), done))
                 self._wake.notify()
             vectors.append(done.result())
@@ -145,13 +146,19 @@ class Engine:
         vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
         return vector
 
-    def _do_tasks(self) -> None:
-        while self._tasks:
+    def _do_task(self) -> None:
+        """One of them: replies do not wait for all."""
+        if self._tasks:
             task, done = self._tasks.popleft()
             try:
                 done.set_result(task())
             except Exception as error:
                 done.set_exception(error)
+
+    def _drop_tasks(self) -> None:
+        with self._wake:
+            while self._tasks:
+                self._tasks.popleft()[1].set_exception(EngineFull())
 
     def stop(self) -> None:
         """End the thread after the pass it is in."""
@@ -159,6 +166,7 @@ class Engine:
         with self._wake:
             self._wake.notify()
         self._thread.join()
+        self._drop_tasks()
 
     @torch.inference_mode()
     def _run(self, checked: "Future[None]") -> None:
@@ -171,7 +179,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._drop_cancelled()
-                self._do_tasks()
+                self._do_task()
                 self._admit()
                 if self._running:
                     self._advance(self._pass())
@@ -182,8 +190,7 @@ class Engine:
                 self.failure = error
             for reply in [*self._running, *self._waiting]:
                 reply.fail(Refused(500, "the language model failed; try again", "server_error"))
-            for _, done in self._tasks:
-                done.set_exception(EngineFull())
+            self._drop_tasks()
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -300,3 +307,22 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     configured = getattr(model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
+
+
+def _check_attention(model: PreTrainedModel, context_tokens: int) -> None:
+    """Refuse what this engine does not do, and the short texts of `_check` would not show."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if (window and window < context_tokens) or softcap:
+        what = f"a sliding window of {window} positions" if window else f"attention scores capped at {softcap}"
+        raise ModelError(
+            f"{type(model).__name__} has {what}, which this engine does not apply",
+            "serve it with engine: vllm, or with serving.context_tokens within the window",
+        )
+    if longest and longest < context_tokens:
+        raise ModelError(
+            f"{type(model).__name__} knows {longest} positions, serving.context_tokens is {context_tokens}",
+            f"set serving.context_tokens={longest} at most",
+        )

@@ -33,7 +33,7 @@ class IntentFunction:
 
     async def __call__(self, question: str, variant: str) -> Intent | None:
         """What it is about; none if the variant has no model that says so."""
-        model = self._models[variant]
+        model = self._models.get(variant)  # while versions change, a replica may not know the newest variant
         if model is None:
             return None
         label, confidence = model.predict([normalised(question)])[0]

@@ -28,6 +28,8 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Iterable[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
         self._tokens: LLTokenizer | None = None
+        self._last: tuple[str, LLMatcher] | None = None
+        """The grammar that was read last, at its beginning: choices of one request share it."""
 
     def grammar(self, lark: str) -> "Grammar":
         """A new reply's, at its beginning.
@@ -47,10 +49,12 @@ class Grammars:
                     f"replies of a {type(tokenizer).__name__} cannot be held to a grammar ({error})",
                     "use a model with a tokenizer.json",
                 ) from error
-        made = Grammar(LLMatcher(self._tokens, lark, log_level=0), self._vocabulary)
-        if made.failure:
-            raise GrammarFailed(made.failure)
-        return made
+        last = self._last
+        matcher = last[1] if last and last[0] == lark else LLMatcher(self._tokens, lark, log_level=0)
+        if matcher.is_error():
+            raise GrammarFailed(matcher.get_error())
+        self._last = lark, matcher
+        return Grammar(matcher.deep_copy(), self._vocabulary)
 
 
 class Grammar:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from app.conversation import Message
+from app.conversation import Message, normalised
 from app.errors import RequestError
 from app.privacy import Detector, Mask, mask_messages
 from app.serving.schema import AnswerRequest, Intent, Prompt
@@ -28,6 +28,7 @@ class Guard:
 
     def rule(self, question: str, intent: Intent | None) -> RuleConfig | None:
         """The first rule that refuses a question."""
+        question = normalised(question)  # as the model reads it
         for rule, patterns in self._rules:
             if any(pattern.search(question) for pattern in patterns) or (intent and intent.label in rule.intents):
                 return rule

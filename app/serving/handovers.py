@@ -1,10 +1,11 @@
 """Answers that a person takes over, as a queue.
 
-    handovers/open/<response id>.json       waits for a person
-    handovers/taken/<response id>.json      {..., "taken_by": ..., "taken_at": ...}
+    handovers/open/<response id>.json                       waits for a person
+    handovers/taken/<response id>~<agent>~<time>.json       was taken
 
-Taking one is a rename, so that of two people who take the same one at once only one gets it. On an object store, where
-a rename is a copy and a removal, both may, within the same fraction of a second.
+Taking one is a rename that says who did: of two people who take the same one at once only one gets it, and what was
+taken has an owner whatever is killed. On an object store, where a rename is a copy and a removal, both may get it,
+within the same fraction of a second.
 """
 
 import json
@@ -57,24 +58,24 @@ class Handovers:
     def take(self, response_id: str, agent: str) -> dict[str, Any]:
         """Take an answer out of the queue.
 
+        Args:
+            agent: Letters, digits and `._@-`.
+
         Raises:
             NotWaiting: It is not there.
             StorageError: The queue cannot be written.
         """
-        name = f"{response_id}.json"
-        waiting, taken = self._storage.path(*_OPEN, name), self._storage.path(*_TAKEN, name)
-        if not self._storage.exists(*_OPEN, name):
-            raise NotWaiting(self._storage.exists(*_TAKEN, name))
+        name, at = f"{response_id}.json", now()
+        taken = f"{response_id}~{agent}~{at}.json"
         try:
             self._storage.filesystem.create_dir(self._storage.path(*_TAKEN), recursive=True)
-            self._storage.filesystem.move(waiting, taken)
+            self._storage.filesystem.move(self._storage.path(*_OPEN, name), self._storage.path(*_TAKEN, taken))
         except FileNotFoundError:
-            raise NotWaiting(True) from None
+            names = self._storage.list(*_TAKEN)
+            raise NotWaiting(any(one.startswith(f"{response_id}~") for one in names)) from None
         except OSError as error:
             raise StorageError(f"cannot take {self._storage.uri(*_OPEN, name)} ({error})") from error
-        told = {**(self._read(*_TAKEN, name) or {}), "taken_by": agent, "taken_at": now()}
-        self._storage.write(json.dumps(told, ensure_ascii=True).encode(), *_TAKEN, name)
-        return told
+        return {**(self._read(*_TAKEN, taken) or {}), "taken_by": agent, "taken_at": at}
 
     def _read(self, *parts: str) -> dict[str, Any] | None:
         if not self._storage.exists(*parts):

@@ -85,7 +85,7 @@ class InputHandling:
         ledger: "DeploymentHandle[Any]",
     ) -> None:
         set_up_logging(deployment="input")
-        self._config = config
+        self._start = self._config = config
         self._access = Access(Storage(config.storage_uri))
         self._limiter = Limiter(config, ledger)
         self._models = Models(config.variants)
@@ -98,7 +98,7 @@ class InputHandling:
 
     def reconfigure(self, live: dict[str, Any]) -> None:
         """Called by Serve at the start, and when settings change that need no new replica."""
-        self._config = self._config.with_live(live)
+        self._config = self._start.with_live(live)
         self._models.take(self._config.variants)
         self._limiter.take(self._config)
         self._guard = Guard(self._config)
@@ -106,6 +106,9 @@ class InputHandling:
     async def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once the replica is made. While its models' versions are not there, an older one answers."""
         await self._models_come()
+        return self._gate()
+
+    def _gate(self) -> Gate:
         routes = FastAPI(
             openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=self._access.followed
         )
@@ -205,6 +208,9 @@ class InputHandling:
     async def complete(self, request: Request) -> Response:
         """A text gone on with, whole or streamed."""
         begun_s, received_at = time.monotonic(), now()
+        if self._config.system_prompt or self._config.rules:
+            what = "plain completions are off here: they know neither the system text nor the rules"
+            raise RequestError(403, what, "completions_off")
         asked = parse_completion(await self._body(request), self._config)
         return await self._answer(request, asked, new_response_id("cmpl"), begun_s, received_at)
 
@@ -248,13 +254,15 @@ class InputHandling:
             rule=self._guard.rule(asked.question, intent) if is_chat else None,
             turn=turn,
         )
-        chain = self._models.chain(variant)
+        is_pinned = asked.model == f"{variant.model}/{variant.version}"
+        chain = [variant] if is_pinned else self._models.chain(variant)
         return await self._answering.answer(answer, [(each, self._language_models[each.name]) for each in chain])
 
     async def embed(self, request: Request) -> Response:
         """Texts as vectors."""
         asked, body = parse_embedding(await self._body(request), self._config)
-        variant = self._models.resolve(asked.model, body.user or new_response_id())
+        # Vectors are compared with one another, so all of a name's come from one variant.
+        variant = self._models.resolve(asked.model, asked.model)
         async with asyncio.timeout(CALL_TIMEOUT_S):
             embedded = await self._language_models[variant.name].embed.remote(asked.prompts)
         _raise_refused(embedded)
@@ -272,6 +280,7 @@ class InputHandling:
         variant = self._models.resolve(asked.model, new_response_id())
         async with asyncio.timeout(CALL_TIMEOUT_S):
             tokens = await self._language_models[variant.name].tokenize.remote(asked.prompts[0], asked.tools)
+        _raise_refused(tokens)
         return JSONResponse(
             {
                 "count": len(tokens.ids),

@@ -8,9 +8,9 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.errors import ModelError
 from app.serving.autoscaling import LATENCY, LOOK_BACK_S
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from app.serving.prompts import Prompts
     from app.serving.vllm_engine import VllmEngine
 
+THREAD_CHARS = 20_000
+"""Longer prompts are read in a thread of their own: health checks do not wait for them."""
 DELTA_INTERVAL_S = 0.03
 """Text of a streamed reply is sent on at most this often after the first token: each message costs a hop through
 Ray (about 1 ms of CPU), and nobody reads faster."""
@@ -67,7 +69,17 @@ class LanguageModel:
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        prompts = self._prompts.accepted(request)
+        most = self._config.max_batch_slots + _max_waiting(self._config, self._variant)
+        if request.choices > most:
+            what = f"{len(request.prompts)} prompts with n={request.n} are {request.choices} replies: at most {most}"
+            yield Refused(400, what, "invalid_value", "n" if request.n > 1 else "prompt")
+            return
+        try:
+            read = asyncio.to_thread if request.characters > THREAD_CHARS else _at_once
+            prompts = await read(self._prompts.accepted, request)
+        except ModelError as error:  # a chat template that does not take such turns
+            yield Refused(400, str(error), "invalid_value", "messages")
+            return
         if isinstance(prompts, Refused):
             yield prompts
             return
@@ -78,7 +90,7 @@ class LanguageModel:
             else:
                 self._engine.prepare(replies)
             self._engine.submit(replies)
-        except GrammarFailed as error:
+        except (GrammarFailed, ModelError) as error:
             yield Refused(400, f"the reply cannot be held to its format: {error}", "invalid_json_schema")
             return
         except EngineFull:
@@ -112,9 +124,12 @@ class LanguageModel:
             return Refused(400, str(error), "unsupported")
         return Embedded(tuple(tuple(vector) for vector in vectors), sum(len(prompt) for prompt in prompts))
 
-    async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens:
+    async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens | Refused:
         """A text's or conversation's tokens."""
-        ids = self._prompts.token_ids(prompt, tools)
+        try:
+            ids = await asyncio.to_thread(self._prompts.token_ids, prompt, tools)
+        except ModelError as error:
+            return Refused(400, str(error), "invalid_value", "messages")
         return Tokens(
             tuple(ids), tuple(self._prompts.text([token], special=True) for token in ids), self._config.context_tokens
         )
@@ -140,13 +155,21 @@ class LanguageModel:
         return {LATENCY: sum(recent) / len(recent) if recent else 0.0}
 
     def check_health(self) -> None:
-        """Serve calls this every ten seconds; raising makes it start another replica."""
+        """Serve calls this every few seconds; raising makes it start another replica."""
         self._show_slots()  # Ray forgets a gauge that is not set for 20 s
         if self._engine.failure:
             raise RuntimeError(f"the engine ended: {type(self._engine.failure).__name__}")
 
     def _show_slots(self) -> None:
         self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
+
+
+def _max_waiting(config: ServingConfig, variant: VariantConfig) -> int:
+    return max(config.max_batch_slots, config.size(variant).max_ongoing_requests)
+
+
+async def _at_once(function: Callable[[GenerationRequest], Any], request: GenerationRequest) -> Any:
+    return function(request)
 
 
 def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Prompts]":
@@ -161,7 +184,7 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
     limits = {
         "slots": config.max_batch_slots,
         "context_tokens": config.context_tokens,
-        "max_waiting": max(config.max_batch_slots, config.size(variant).max_ongoing_requests),
+        "max_waiting": _max_waiting(config, variant),
     }
     engine: Engine
     with local_folder(variant.uri) as folder:

@@ -139,14 +139,15 @@ class Limiter:
         return Visit(answer, tokens)
 
     def leave(self, visit: Visit, status: int) -> None:
-        """Settle what was reserved: nothing for what failed, what was spent if that is known, else as reserved.
+        """Settle what was reserved: nothing for what failed here or before a reply was written, what was spent if that
+        is known, else as reserved.
 
         Args:
             status: That was sent; 0, if the client left before.
         """
         if isinstance(visit.answer, Exceeded) or visit.answer.reservation.tokens == 0:
             return
-        spent = 0 if status >= 400 else visit.spent_tokens
+        spent = 0 if status >= 500 or (status >= 400 and visit.spent_tokens is None) else visit.spent_tokens
         if spent is not None and spent != visit.answer.reservation.tokens:
             self._in_background(self._settle(visit.answer.reservation, spent))
 
@@ -185,7 +186,7 @@ def estimated_tokens(body: bytes, config: ServingConfig, generates: bool) -> int
         return prompt
     asked = max(map(int, _MAX_TOKENS.findall(body)), default=config.default_max_tokens)
     reply = config.context_tokens if _HIDDEN.search(body) else min(asked, config.context_tokens)
-    choices = max(map(int, _CHOICES.findall(body)), default=1)
+    choices = max(map(int, _CHOICES.findall(body)), default=config.max_choices if _HIDDEN.search(body) else 1)
     return prompt + min(max(choices, 1), MAX_CHOICES) * reply
 
 

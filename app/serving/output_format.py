@@ -15,6 +15,8 @@ class GrammarFailed(Exception):
     """A grammar that replies cannot be held to."""
 
 
+MAX_SCHEMA_BYTES = 16_384
+"""A schema of that size may take half a second to be read."""
 ANY_OBJECT = {"type": "object"}
 
 
@@ -24,7 +26,9 @@ class Function:
 
     name: str
     schema: Mapping[str, Any]
-    """JSON schema of its arguments."""
+    """JSON schema of its arguments, an object."""
+    param: str = "tools"
+    """Where the request has it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def grammar(schema: Mapping[str, Any] | None, choice: ToolChoice) -> str:
     """
     if schema is not None:
         _check_schema(schema, "response_format.json_schema.schema")
-    for place, function in enumerate(choice.functions):
-        _check_schema(function.schema, f"tools[{place}].function.parameters")
+    for function in choice.functions:
+        _check_schema(function.schema, function.param)
     if choice.kind == "none":
         return "" if schema is None else _lark(f"start: %json {_json(schema)}")
     more = f"(WS call){{0,{tools.MAX_CALLS - 1}}}" if choice.parallel and choice.kind != "named" else ""
@@ -80,6 +84,9 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _check_schema(schema: Mapping[str, Any], param: str) -> None:
+    if (size := len(json.dumps(schema))) > MAX_SCHEMA_BYTES:
+        what = f"{param} has {size} bytes: a schema may have {MAX_SCHEMA_BYTES}"
+        raise RequestError(400, what, "invalid_json_schema", param)
     is_wrong, messages = LLMatcher.validate_grammar_with_warnings(_lark(f"start: %json {_json(schema)}"))
     if is_wrong or messages:
         what = (messages[0] if messages else "it is no JSON schema").strip().splitlines()[0]

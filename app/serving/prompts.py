@@ -11,6 +11,9 @@ from app.serving import tools as tool_format
 from app.serving.reply import Reply
 from app.serving.schema import Event, GenerationRequest, Prompt, Refused
 
+MOST_CHARS_A_TOKEN = 128
+"""More than a token of any common vocabulary has: what is longer cannot fit and is not tokenised."""
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -66,6 +69,16 @@ class Prompts:
                 return Refused(400, what, "invalid_value", "logit_bias")
         accepted, dropped = [], 0
         for prompt in request.prompts:
+            while request.trims and _characters(prompt) > MOST_CHARS_A_TOKEN * self.context_tokens:
+                shorter = without_oldest_turn(prompt)
+                if len(shorter) == len(prompt):
+                    break
+                dropped += len(prompt) - len(shorter)
+                prompt = shorter
+            if (size := _characters(prompt)) > MOST_CHARS_A_TOKEN * self.context_tokens:
+                field = field_of(prompt)
+                what = f"{field} has {size} characters, far more than the context of {self.context_tokens} tokens holds"
+                return Refused(400, what, "context_length_exceeded", field)
             ids = self.token_ids(prompt, request.tools)
             while (refusal := self._refusal(ids, request.sampling.max_tokens, field_of(prompt))) is not None:
                 shorter = without_oldest_turn(prompt) if request.trims else prompt
@@ -128,6 +141,12 @@ def without_oldest_turn(prompt: Prompt) -> Prompt:
     if len(asked) < 2:
         return prompt
     return (*prompt[: asked[0]], *prompt[asked[1] :])
+
+
+def _characters(prompt: Prompt) -> int:
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(part["content"]) for part in prompt if isinstance(part, dict))
 
 
 def field_of(prompt: Prompt) -> str:

@@ -99,8 +99,10 @@ class Reply:
         if self.tells_logprobs:
             self._delivered_bytes += len(text.encode())
         if text or (complete and self._logprobs):
-            # A stop string is not part of the reply, nor are its tokens.
-            cut = self._delivered_bytes if self._text.stopped else self._text_bytes
-            told = tuple(logprob for begin, logprob in self._logprobs if begin < cut or not logprob.text)
-            self._logprobs = []
-            self.deliver(Delta(text, told, self.choice))
+            # Tokens whose text is held back wait with it. A stop string is not part of the reply, nor are its tokens.
+            is_whole = complete and not self._text.stopped
+            cut = self._text_bytes + 1 if is_whole else self._delivered_bytes
+            told = [begin < cut or (begin == cut and not logprob.text) for begin, logprob in self._logprobs]
+            now = tuple(logprob for (_, logprob), is_told in zip(self._logprobs, told, strict=True) if is_told)
+            self._logprobs = [entry for entry, is_told in zip(self._logprobs, told, strict=True) if not is_told]
+            self.deliver(Delta(text, now, self.choice))

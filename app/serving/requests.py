@@ -76,6 +76,8 @@ def chat_request(
         raise RequestError(
             400, f"n={chat.n} with conversation_id: only one reply goes on with it", "invalid_value", "n"
         )
+    if config.system_prompt:  # it may have been set since
+        said = [message for message in said if message["role"] not in ("system", "developer")]
     whole = [*(bodies.Message.model_validate(message) for message in said), *chat.messages]
     messages = turns(whole, description, len(said), config.system_prompt)
     return AnswerRequest(
@@ -345,7 +347,14 @@ def _functions(given: Sequence[bodies.Tool]) -> tuple[Function, ...]:
             param = f"tools[{place}].function.name"
             raise RequestError(400, f"{param}: there is another function {name}", "invalid_value", param)
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
-    return tuple(Function(tool.function.name, tool.function.parameters or nothing) for tool in given)
+    functions = []
+    for place, tool in enumerate(given):
+        param, schema = f"tools[{place}].function.parameters", tool.function.parameters or nothing
+        if schema.get("type", "object") != "object":
+            what = f"{param}.type must be object, got {str(schema['type'])[:MAX_TOLD_CHARS]!r}"
+            raise RequestError(400, what, "invalid_value", param)
+        functions.append(Function(tool.function.name, {"type": "object", **schema}, param))
+    return tuple(functions)
 
 
 def _as_json(given: Sequence[bodies.Tool] | None) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """The response management deployment: hand-over to a person when unsure, and the durable log."""
 
 import asyncio
+import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,18 +32,19 @@ class ResponseManagement:
 
     def __init__(self, config: ServingConfig) -> None:
         set_up_logging(deployment="response")
-        self._config = config
+        self._start = self._config = config
         self._detector = Detector.of(config.privacy.detector)
         self._storage = Storage(config.storage_uri)
         self._log = traffic.TrafficLog(self._storage, traffic.new_writer("response"))
         self._conversations = Conversations(self._storage, config.conversation_ttl_s)
         self._swept_s = -SWEEP_S
+        self._sweeping: asyncio.Task[int] | None = None
         self._queue = Handovers(self._storage)
         self._handovers, self._feedback = counter(HANDOVERS), counter(FEEDBACK)
 
     def reconfigure(self, live: dict[str, Any]) -> None:
         """Called by Serve at the start, and when settings change that need no new replica."""
-        self._config = self._config.with_live(live)
+        self._config = self._start.with_live(live)
         self._detector = Detector.of(self._config.privacy.detector)
 
     async def conversation(self, owner: str, conversation_id: str) -> list[dict[str, Any]] | Refused:
@@ -64,23 +67,26 @@ class ResponseManagement:
             return Refused(409, what, "conversation_went_on", "conversation_id")
         if conclusion.handover:
             self._handovers.inc(tags={"reason": conclusion.handover})
+        if draft.turn and time.monotonic() - self._swept_s > SWEEP_S:
+            self._swept_s = time.monotonic()
+            self._sweeping = asyncio.create_task(asyncio.to_thread(self._conversations.forget_old))
         return conclusion
 
     def _record(self, draft: Draft, conclusion: Conclusion) -> None:
-        if draft.turn and draft.status == "ok":
-            self._conversations.check(draft.turn)
         exchange = _exchange(draft, conclusion)
         if self._config.privacy.mask_log:
             exchange = masked(exchange, self._detector)
-        self._log.append(exchange)
-        if conclusion.handover and draft.status == "ok":
-            self._queue.add(exchange.response_id, _for_a_person(exchange))
-        if draft.turn and draft.status == "ok":
-            content = f"{draft.message['content'] or ''}{conclusion.added}" or None
-            self._conversations.add(draft.turn, {**draft.message, "content": content})
-            if time.monotonic() - self._swept_s > SWEEP_S:
-                self._swept_s = time.monotonic()
-                self._conversations.forget_old()
+        turn = draft.turn if draft.status == "ok" and draft.rule is None and _is_whole(draft.message) else None
+        with self._conversations.going_on(turn) if turn else nullcontext():
+            self._log.append(exchange)
+            if conclusion.handover and draft.status == "ok":
+                self._queue.add(exchange.response_id, _for_a_person(exchange))
+            if turn:
+                content = f"{draft.message['content'] or ''}{conclusion.added}"
+                if not content and draft.message.get("tool_calls"):
+                    self._conversations.add(turn, draft.message)
+                else:
+                    self._conversations.add(turn, {**draft.message, "content": content})
 
     async def waiting(self, limit: int) -> list[dict[str, Any]] | Refused:
         """Answers that wait for a person, oldest first."""
@@ -105,7 +111,7 @@ class ResponseManagement:
     async def feedback(self, request: FeedbackRequest) -> Feedback | Refused:
         """Log a judgement of an answer that was given. It is on disk when this returns a Feedback."""
         try:
-            exchange, _ = await asyncio.to_thread(traffic.find, self._storage, request.response_id)
+            exchange = await asyncio.to_thread(traffic.find_exchange, self._storage, request.response_id)
             if exchange is None:
                 return _unknown(request.response_id, "response_id")
             comment = request.comment
@@ -165,6 +171,16 @@ def masked(exchange: Exchange, detector: Detector) -> Exchange:
         other_replies=[mask.text(reply) for reply in exchange.other_replies],
         metadata={name: mask.text(value) for name, value in exchange.metadata.items()},
     )
+
+
+def _is_whole(message: dict[str, Any]) -> bool:
+    """Whether a conversation can go on after it: not after a call that was cut off."""
+    try:
+        for call in message.get("tool_calls", ()):
+            json.loads(call["function"]["arguments"])
+    except ValueError:
+        return False
+    return True
 
 
 def _for_a_person(exchange: Exchange) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from app.serving.grammar import Grammar
 from app.serving.schema import Sampling, TokenLogprob
 
+LEAST_TEMPERATURE = 1e-30
+
 
 class Draw:
     """How one reply's tokens are drawn, and those that were.
@@ -31,7 +33,9 @@ class Draw:
         generator: random.Random | None = None,
     ) -> None:
         self.sampling, self.grammar = sampling, grammar
-        self.random = generator or random.Random(sampling.seed if sampling.seed is None else sampling.seed + choice)
+        self.random = generator or random.Random(
+            sampling.seed if sampling.seed is None else (sampling.seed + choice) % 2**64
+        )
         self._counts: Counter[int] = Counter()
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty)
 
@@ -66,7 +70,8 @@ def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
     tokens_B = logits_BV.argmax(dim=-1)
     rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if rows:
-        temperatures = torch.tensor([[draws[row].sampling.temperature] for row in rows])
+        # What is 0 as a float32 would divide by 0: it is the most probable token as well.
+        temperatures = torch.tensor([[max(draws[row].sampling.temperature, LEAST_TEMPERATURE)] for row in rows])
         top_ps = torch.tensor([[draws[row].sampling.top_p] for row in rows])
         drawn = torch.tensor([[draws[row].random.random()] for row in rows])
         # Dividing by a tiny temperature must not overflow: the largest logit becomes 0 first.
@@ -75,7 +80,7 @@ def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
             dim=-1, descending=True, stable=True
         )
         cumulated = sorted_probabilities.cumsum(dim=-1)
-        kept = (cumulated - sorted_probabilities < top_ps).sum(dim=-1, keepdim=True)
+        kept = (cumulated - sorted_probabilities < top_ps).sum(dim=-1, keepdim=True).clamp_min(1)
         mass = cumulated.gather(1, kept - 1)
         place = torch.searchsorted(cumulated, drawn * mass, right=True).clamp_max(kept - 1)
         tokens_B[rows] = order.gather(1, place).squeeze(1)

@@ -52,6 +52,14 @@ class GenerationRequest:
     """Name of the API key: only its own requests share what was read of their prompts."""
 
     @property
+    def characters(self) -> int:
+        """Of all prompts' texts."""
+        texts = [prompt for prompt in self.prompts if isinstance(prompt, str)]
+        for prompt in self.prompts:
+            texts += [part["content"] for part in prompt if isinstance(part, dict)]
+        return sum(map(len, texts))
+
+    @property
     def choices(self) -> int:
         """Replies in all."""
         return len(self.prompts) * self.n

@@ -116,6 +116,11 @@ class CallReader:
         self._held = ""
         self._depth, self._in_string, self._escaped = 0, False, False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a call has begun and is not complete."""
+        return self._state != "text"
+
     def push(self, text: str) -> list[Piece]:
         """The parts that are certain now."""
         self._held += text

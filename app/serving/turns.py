@@ -16,7 +16,7 @@ def turns(
     Args:
         before: How many of the messages stand before those of the request.
         system: The service's own system text; then a request's is refused.
-        wanted: How the request describes the JSON it asks for; the system text ends with it.
+        wanted: How the request describes the JSON it asks for; the last turn ends with it.
 
     Raises:
         RequestError: 400, naming the message.
@@ -61,12 +61,9 @@ def turns(
         raise RequestError(400, what, "invalid_value", f"messages[{len(messages) - before - 1}].role")
     if system:
         made.insert(0, {"role": "system", "content": tools.plain(system)})
-    if wanted:
-        text = f"The answer is a JSON object: {wanted}"
-        if made[0]["role"] == "system":
-            made[0] = {"role": "system", "content": f"{made[0]['content']}\n{text}"}
-        else:
-            made.insert(0, {"role": "system", "content": text})
+    if wanted:  # not into the system text, which a request must not change
+        text = f"The answer is a JSON object: {tools.plain(wanted)}"
+        made[-1] = {**made[-1], "content": f"{made[-1]['content']}\n{text}"}
     return tuple(made)
 
 

@@ -26,8 +26,7 @@ class ReplicasConfig(Section):
     target_ongoing_requests: Positive | None = None
     """Requests a replica should work on: more on average, and replicas are added. None: half of the most."""
     target_latency_s: Positive | None = None
-    """Longest mean time that requests should wait for, the language model's time to first token: more, and replicas
-    are added. None: not looked at."""
+    """Of language models: longest mean time to first token; above, replicas are added. None: not looked at."""
     upscale_delay_s: NotNegative = 2.0
     """Replicas are added after so long a need for them."""
     downscale_delay_s: NotNegative = 120.0
@@ -64,8 +63,7 @@ class VariantConfig(Section):
     weight: NotNegative = 1.0
     """Share of conversations, relative to the other variants; 0: only those that ask for it by its own name."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the model: transformers, on CPUs and GPUs, also int8; or vLLM (extra `vllm`), for models that fill a
-    GPU, see `serving.vllm`."""
+    """What runs the model: transformers, on CPUs, also int8; or vLLM (extra `vllm`), for GPUs, see `serving.vllm`."""
     fallback: str | None = None
     """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
     one while a large one starts. None: questions wait."""
@@ -128,7 +126,8 @@ class RuleConfig(Section):
     patterns: tuple[str, ...] = ()
     """Regular expressions, whatever the case, that the question has in it."""
     intents: tuple[str, ...] = ()
-    """Intents that are off topic; the question then waits for the intent function, see `functions.deadline_s`."""
+    """Intents that are off topic; the question waits for the intent function, and where that is late, see
+    `functions.deadline_s`, the model answers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RuleConfig":
@@ -229,6 +228,18 @@ class ServingConfig(Section):
         for variant in self.variants:
             if variant.fallback is not None and (variant.fallback not in names or variant.fallback == variant.name):
                 raise ValueError(f"variant {variant.name} falls back on {variant.fallback}; the others are {names}")
+        for name, size in (
+            ("input", self.input), ("response", self.response), ("functions.intent", self.functions.intent),
+            ("functions.sentiment", self.functions.sentiment),
+        ):  # fmt: skip
+            if size.target_latency_s is not None:
+                raise ValueError(f"{name}.target_latency_s has no effect: only language models tell how long they wait")
+        for variant in self.variants:
+            if variant.engine == "transformers" and self.size(variant).gpus:
+                raise ValueError(
+                    f"variant {variant.name} reserves {self.size(variant).gpus:g} GPUs, and engine transformers runs "
+                    "on CPUs: set engine: vllm, or gpus: 0"
+                )
         shared = self.vllm.tensor_parallel_size
         for variant in self.variants:
             gpus = self.size(variant).gpus
@@ -263,6 +274,8 @@ class ServingConfig(Section):
         if unknown := sorted(live.keys() - {*LIVE, "weights"}):
             raise ValueError(f"{', '.join(unknown)} cannot change without new replicas; {', '.join(LIVE)} can")
         weights = live.get("weights", {})
+        if unknown := sorted(weights.keys() - {variant.name for variant in self.variants}):
+            raise ValueError(f"weights names {', '.join(unknown)}, which is no variant")
         fields = self.model_dump()
         fields |= {name: live[name] for name in LIVE if name in live}
         fields["variants"] = [

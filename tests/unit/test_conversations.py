@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import StorageError
-from app.serving.conversations import Conversations, Turn, WentOn
+from app.serving.conversations import MAX_BYTES, MAX_MESSAGES, Conversations, Turn, WentOn
 from app.serving.handovers import Handovers, NotWaiting
 from app.storage import Storage
 from app.traffic import new_response_id
@@ -16,32 +16,33 @@ HELLO = {"role": "user", "content": "hello"}
 HI = {"role": "assistant", "content": "hi"}
 
 
+def said(conversations: Conversations, turn: Turn) -> None:
+    with conversations.going_on(turn):
+        conversations.add(turn, HI)
+
+
 def test_a_conversation_is_what_was_said_in_it_and_belongs_to_its_owner(store: str) -> None:
     conversations = Conversations(Storage(store), 60)
     assert conversations.messages("shop", "c1") == []
-    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
-    conversations.add(Turn("shop", "c1", 2, (HELLO, HELLO)), HI)
+    said(conversations, Turn("shop", "c1", 0, (HELLO,)))
+    said(conversations, Turn("shop", "c1", 2, (HELLO, HELLO)))
     assert Conversations(Storage(store), 60).messages("shop", "c1") == [HELLO, HI, HELLO, HELLO, HI]
     assert conversations.messages("other", "c1") == []
     assert conversations.messages("shop", "c2") == []
     assert conversations.messages("sho", "p c1") == []
 
 
-def test_of_two_that_go_on_at_once_one_is_told_so(store: str) -> None:
+def test_of_two_that_go_on_at_once_one_is_told_so_in_other_replicas_too(store: str) -> None:
     conversations = Conversations(Storage(store), 60)
-    conversations.check(Turn("shop", "c1", 0, (HELLO,)))
-    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
-    late = Turn("shop", "c1", 0, (HELLO,))
+    said(conversations, Turn("shop", "c1", 0, (HELLO,)))
     with pytest.raises(WentOn):
-        conversations.check(late)
-    with pytest.raises(WentOn):
-        conversations.add(late, HI)
+        said(conversations, Turn("shop", "c1", 0, (HELLO,)))
     assert len(conversations.messages("shop", "c1")) == 2
     outcomes: list[bool] = []
 
     def go_on() -> None:
         try:
-            conversations.add(Turn("shop", "c1", 2, (HELLO,)), HI)
+            said(Conversations(Storage(store), 60), Turn("shop", "c1", 2, (HELLO,)))
             outcomes.append(True)
         except WentOn:
             outcomes.append(False)
@@ -54,21 +55,36 @@ def test_of_two_that_go_on_at_once_one_is_told_so(store: str) -> None:
     assert sorted(outcomes) == [False] * 7 + [True]
 
 
+def test_of_a_long_conversation_the_system_text_and_the_last_whole_turns_are_kept(store: str) -> None:
+    conversations = Conversations(Storage(store), 60)
+    system = {"role": "system", "content": "Be kind."}
+    said(conversations, Turn("shop", "c1", 0, (system, HELLO)))
+    for place in range(80):
+        begun = len(conversations.messages("shop", "c1"))
+        said(conversations, Turn("shop", "c1", begun, ({"role": "user", "content": str(place)},)))
+    kept = conversations.messages("shop", "c1")
+    assert len(kept) <= MAX_MESSAGES
+    assert (kept[0], kept[1]["role"], kept[-2]["content"]) == (system, "user", "79")
+    large = {"role": "user", "content": "x" * MAX_BYTES}
+    said(conversations, Turn("shop", "c1", len(kept), (large,)))
+    assert conversations.messages("shop", "c1") == [system, large, HI]
+
+
 def test_old_conversations_are_forgotten(store: str) -> None:
     conversations = Conversations(Storage(store), 0.2)
-    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
+    said(conversations, Turn("shop", "c1", 0, (HELLO,)))
     assert conversations.forget_old() == 0
     time.sleep(0.3)
     assert conversations.messages("shop", "c1") == []
-    conversations.add(Turn("shop", "c2", 0, (HELLO,)), HI)
+    said(conversations, Turn("shop", "c2", 0, (HELLO,)))
     assert conversations.forget_old() == 1
     assert conversations.messages("shop", "c2") == [HELLO, HI]
 
 
 def test_a_damaged_conversation_is_said_so(store: str) -> None:
     conversations = Conversations(Storage(store), 60)
-    conversations.add(Turn("shop", "c1", 0, (HELLO,)), HI)
-    (file,) = Path(Storage(store).path("serving", "conversations")).iterdir()
+    said(conversations, Turn("shop", "c1", 0, (HELLO,)))
+    (file,) = Path(Storage(store).path("serving", "conversations")).glob("*.json")
     file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(StorageError, match="damaged"):
         conversations.messages("shop", "c1")

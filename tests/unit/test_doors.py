@@ -54,10 +54,10 @@ def made(storage: Storage, name: str, **options: Any) -> str:
 def ingress(storage: Storage, **settings: Any) -> tuple[Gate, Handle]:
     """The application as a replica of the ingress builds it; behind its doors is nothing."""
     config, handle = ServingConfig(**settings), Handle()
-    (kind,) = (each for each in InputHandling.__mro__ if "__serve_build_asgi_app__" in vars(each))
+    (kind,) = (each for each in InputHandling.__mro__ if "_gate" in vars(each))
     replica = kind.__new__(kind)
     vars(replica).update(_config=config, _access=Access(storage), _limiter=Limiter(config, handle))  # type: ignore[arg-type]
-    return replica.__serve_build_asgi_app__(), handle
+    return replica._gate(), handle
 
 
 def client(gate: Gate, **options: Any) -> httpx.AsyncClient:

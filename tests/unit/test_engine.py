@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from app import model as models
 from app.conversation import prompt_ids
@@ -226,8 +236,6 @@ def test_a_model_with_grouped_heads_is_served_alike(float_folder: Path) -> None:
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
-    from transformers import LlamaForCausalLM
-
     net = LlamaForCausalLM(config).eval()
     assert replies(net, tokenizer, [[5, 6, 7], [9, 8, 7, 6, 5, 4]]) == plain(net, [[5, 6, 7], [9, 8, 7, 6, 5, 4]])
 
@@ -309,3 +317,24 @@ def test_sampled_tokens_follow_the_temperature() -> None:
 def test_a_vanishing_temperature_takes_the_most_probable_token() -> None:
     logits = torch.tensor([[0.0, 1000.0, 999.0]])
     assert choose(logits, [Draw(Sampling(None, 1e-30, 1.0, 0, ()), generator=Fixed(0.999))])[0] == [1]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-46, 1.0), (1.0, 1e-46), (1e-46, 1e-46)])
+def test_what_is_no_number_of_32_bits_takes_the_most_probable_token(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    draw = Draw(Sampling(None, temperature, top_p, 1, ()))
+    assert choose(logits, [draw])[0] == [1]
+
+
+def test_a_model_that_sees_less_than_the_context_is_refused(float_folder: Path) -> None:
+    _, tokenizer = models.load(float_folder)
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    windowed = MistralForCausalLM(MistralConfig(**shape, sliding_window=32, max_position_embeddings=128))
+    with pytest.raises(ModelError, match="sliding window of 32"):
+        Engine(windowed.eval(), tokenizer, 2, 64, 2)
+    short = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=48))
+    with pytest.raises(ModelError, match="knows 48 positions"):
+        Engine(short.eval(), tokenizer, 2, 64, 2)

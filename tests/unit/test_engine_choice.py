@@ -10,7 +10,7 @@ from ray import serve
 from app.errors import ModelError
 from app.serving.application import build_app
 from app.serving.language_model import LanguageModel
-from app.settings.serving import ReplicasConfig, ServingConfig, VariantConfig, VllmConfig
+from app.settings.serving import ServingConfig, VariantConfig, VllmConfig
 
 
 def config(engine: str, gpus: float, shared: int = 1) -> ServingConfig:
@@ -37,10 +37,10 @@ def test_vllm_where_it_is_not_installed_says_what_to_install(tmp_path: Path) -> 
         LanguageModel(ServingConfig(variants=(variant,)), variant)
 
 
-@pytest.mark.parametrize(("engine", "shared", "gpus"), [("transformers", 1, 1), ("transformers", 4, 1), ("vllm", 1, 1)])
+@pytest.mark.parametrize(("engine", "shared", "gpus"), [("vllm", 1, 1), ("transformers", 4, 0)])
 def test_a_model_on_one_gpu_has_it_in_the_replica(engine: str, shared: int, gpus: float) -> None:
     deployment = language_model(config(engine, gpus, shared))
-    assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": gpus}
+    assert deployment.ray_actor_options == {"num_cpus": 0.5, **({"num_gpus": gpus} if gpus else {})}
     assert deployment._replica_config.placement_group_bundles is None
 
 
@@ -60,7 +60,8 @@ def test_without_gpus_vllm_shares_the_model_among_processes_of_the_replica() -> 
 def test_gpus_that_do_not_fit_the_share_are_a_configuration_error() -> None:
     with pytest.raises(ValidationError, match=r"size=4 GPUs share variant champion"):
         config("vllm", 1, 4)
-    assert config("transformers", 1, 4).language_model == ReplicasConfig(cpus=0.5, gpus=1)
+    with pytest.raises(ValidationError, match=r"engine transformers runs on CPUs"):
+        config("transformers", 1, 1)
 
 
 def test_settings_that_vllm_does_not_know_are_refused() -> None:

@@ -169,8 +169,11 @@ def test_a_ledger_that_is_gone_lets_nobody_in_who_has_limits(error: Exception) -
 
 @pytest.mark.parametrize(
     ("status", "spent", "left"),
-    [(200, None, 103), (200, 20, 180), (200, 150, 50), (200, 0, 200), (500, 20, 200), (503, None, 200), (0, 20, 180)],
-)
+    [
+        (200, None, 103), (200, 20, 180), (200, 150, 50), (200, 0, 200), (409, 20, 180), (404, None, 200),
+        (500, 20, 200), (503, None, 200), (0, 20, 180),
+    ],
+)  # fmt: skip
 def test_what_was_spent_takes_the_place_of_what_was_reserved_and_what_failed_gives_it_back(
     status: int, spent: int | None, left: int
 ) -> None:

@@ -65,7 +65,7 @@ PROMPTS = {
 def structure(name: str, messages: Sequence[Any]) -> list[str]:
     """The tokens of a prompt that are no text, through all that a request goes through."""
     tokenizer, prompts = PROMPTS[name]
-    read = turns.turns([bodies.Message.model_validate(message) for message in messages], 100)
+    read = turns.turns([bodies.Message.model_validate(message) for message in messages])
     added = {number: token for token, number in tokenizer.get_added_vocab().items()}
     return [added[number] for number in prompts.token_ids(read) if number in added]
 

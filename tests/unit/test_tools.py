@@ -129,7 +129,7 @@ def test_without_tools_and_format_anything_goes() -> None:
 def test_a_schema_that_replies_cannot_be_held_to_is_refused_by_name(schema: dict[str, Any]) -> None:
     for asked, choice, param in (
         (schema, ToolChoice(), "response_format.json_schema.schema"),
-        (None, ToolChoice("auto", (Function("f", schema),)), "tools[0].function.parameters"),
+        (None, ToolChoice("auto", (Function("f", schema, "tools[0]"),)), "tools[0]"),
     ):
         with pytest.raises(RequestError) as caught:
             grammar(asked, choice)
