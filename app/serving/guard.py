@@ -22,7 +22,6 @@ class Guard:
         self._rules = [
             (rule, [re.compile(pattern, re.IGNORECASE) for pattern in rule.patterns]) for rule in config.rules
         ]
-        self._masks_model = config.privacy.mask_model
         self._detector = Detector.of(config.privacy.detector)
         self.needs_intent = any(rule.intents for rule in config.rules)
 
@@ -35,13 +34,11 @@ class Guard:
         return None
 
     def masked(self, asked: AnswerRequest) -> AnswerRequest:
-        """The request as the model may read it.
+        """The request as the model may read it, where personal data is not for it.
 
         Raises:
             RequestError: 400, its prompt is tokens, in which nothing can be found.
         """
-        if not self._masks_model:
-            return asked
         prompts = tuple(self._masked(prompt) for prompt in asked.prompts)
         messages, _ = mask_messages(asked.messages, self._detector)
         return replace(asked, prompts=prompts, messages=tuple(messages))

@@ -12,7 +12,7 @@ the question, and response management settles and logs it; only then does the cl
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -202,7 +202,9 @@ class InputHandling:
         begun_s, received_at = time.monotonic(), now()
         chat = parse_chat(await self._body(request), self._config)
         turn, said = await self._conversation(request, chat)
-        asked = chat_request(chat, self._config, said)
+        # Schemas take time to be read: other requests do not wait for it.
+        is_long = bool(chat.tools or chat.response_format)
+        asked = await (asyncio.to_thread if is_long else _at_once)(chat_request, chat, self._config, said)
         return await self._answer(request, asked, new_response_id(), begun_s, received_at, turn)
 
     async def complete(self, request: Request) -> Response:
@@ -236,7 +238,8 @@ class InputHandling:
         received_at: str,
         turn: Turn | None = None,
     ) -> Response:
-        asked, is_chat = self._guard.masked(asked), asked.endpoint == "chat"
+        asked = await asyncio.to_thread(self._guard.masked, asked) if self._config.privacy.mask_model else asked
+        is_chat = asked.endpoint == "chat"
         user_hash = self._access.pseudonym(asked.user) if asked.user else None
         who = f"{turn.owner} {turn.conversation_id}" if turn else response_id
         variant = self._models.resolve(asked.model, user_hash or who)
@@ -343,6 +346,10 @@ class InputHandling:
             return await request.body()
         except ClientDisconnect:
             raise RequestError(400, "the connection closed before the body was complete", "incomplete_body") from None
+
+
+async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _raise_refused(result: Any) -> None:
