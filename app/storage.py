@@ -16,6 +16,7 @@ Layout below the root:
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -187,6 +188,31 @@ class Storage:
                 self.filesystem.delete_dir(self.path(*parts))
         except OSError as error:
             raise StorageError(f"cannot remove {self.uri(*parts)} ({error})") from error
+
+    @contextlib.contextmanager
+    def alone(self, *parts: str) -> Iterator[None]:
+        """While this is open, no other process of this machine is in the same place. Only local roots have such locks.
+
+        Args:
+            parts: Of a file that stands for the place; it stays.
+
+        Raises:
+            StorageError: The file cannot be made.
+        """
+        if not self.is_local:
+            yield
+            return
+        path = self.path(*parts)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.uri(*parts)} ({error})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def remove_file(self, *parts: str) -> None:
         """Remove a file that is there.

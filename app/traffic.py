@@ -239,12 +239,17 @@ def _listed(storage: Storage, folder: str) -> list[fs.FileInfo]:
         raise StorageError(f"cannot list {storage.uri('traffic', folder)} ({error})") from error
 
 
+def _asked_s(response_id: str) -> float:
+    match = _ID.match(response_id)
+    assert match
+    return int(match[1], 16) / 1000
+
+
 def find_exchange(storage: Storage, response_id: str) -> Exchange | None:
     """The exchange with an id. The id says when the request came in, so only files of about then are read."""
-    match = _ID.match(response_id)
-    if not match:
+    if not is_response_id(response_id):
         return None
-    asked_s = int(match[1], 16) / 1000
+    asked_s = _asked_s(response_id)
     exchanges = _matching(storage, Exchange, response_id, asked_s, asked_s + LATEST_ANSWER_S)
     return next((record for record in exchanges if isinstance(record, Exchange)), None)
 
@@ -254,15 +259,12 @@ def find(storage: Storage, response_id: str) -> tuple[Exchange | None, list[Feed
 
     The id says when the request came in, so only files that were written to about then are read.
     """
-    match = _ID.match(response_id)
-    if not match:
+    if not is_response_id(response_id):
         return None, []
-    asked_s = int(match[1], 16) / 1000
-    exchanges = _matching(storage, Exchange, response_id, asked_s, asked_s + LATEST_ANSWER_S)
-    feedback = _matching(storage, Feedback, response_id, asked_s, None)
-    return (
-        next((record for record in exchanges if isinstance(record, Exchange)), None),
-        sorted((record for record in feedback if isinstance(record, Feedback)), key=lambda record: record.received_at),
+    exchange = find_exchange(storage, response_id)
+    feedback = _matching(storage, Feedback, response_id, _asked_s(response_id), None)
+    return exchange, sorted(
+        (record for record in feedback if isinstance(record, Feedback)), key=lambda record: record.received_at
     )
 
 

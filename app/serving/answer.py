@@ -99,7 +99,6 @@ class Answer:
     """Whether it has been handed to response management."""
     known: Insight = field(default_factory=Insight)
     """What they found out in time."""
-
     is_trial: bool = False
     """Whether another variant will be asked if this one does not begin."""
     dropped_messages: int = 0
@@ -359,11 +358,9 @@ class Answering:
 
     async def _conclude(self, answer: Answer) -> Conclusion:
         """Have the answer settled and logged. A client that leaves meanwhile does not stop that."""
-        if answer.insight:
-            answer.known = await answer.insight
         answer.settled = True
         limits.spend(answer.prompt_tokens + answer.completion_tokens)
-        settling = self._in_background(self._settle(answer.draft("ok")))
+        settling = self._in_background(self._settle(answer, "ok"))
         conclusion: Conclusion | Refused = await asyncio.shield(settling)
         if isinstance(conclusion, Refused):
             raise RequestError(conclusion.status, conclusion.what, conclusion.code, conclusion.param)
@@ -383,10 +380,12 @@ class Answering:
             answer.settled = True
             if status == "error" or answer.request.stream:  # else nobody knows how much was written
                 limits.spend(0 if status == "error" else answer.prompt_tokens + answer.deltas)
-            self._in_background(self._settle(answer.draft(status)))
+            self._in_background(self._settle(answer, status))
 
-    async def _settle(self, draft: Draft) -> Conclusion | Refused:
-        settled: Conclusion | Refused = await self._response.conclude.remote(draft)
+    async def _settle(self, answer: Answer, status: Literal["ok", "cancelled", "error"]) -> Conclusion | Refused:
+        if answer.insight and status == "ok":
+            answer.known = await answer.insight
+        settled: Conclusion | Refused = await self._response.conclude.remote(answer.draft(status))
         return settled
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":

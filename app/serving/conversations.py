@@ -6,23 +6,17 @@ One belongs to the API key's name that began it: nobody else can go on with it o
 nothing was said for `conversation_ttl_s`.
 """
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app.errors import StorageError
 from app.storage import Storage
-
-logger = logging.getLogger(__name__)
 
 MAX_MESSAGES, MAX_BYTES = 100, 100_000
 """Of a conversation that are kept; more than any context takes."""
@@ -71,8 +65,9 @@ class Conversations:
         return messages if age_s <= self._ttl_s else []
 
     @contextmanager
-    def going_on(self, turn: Turn) -> Iterator[None]:
-        """While this is open, nobody else goes on with any conversation: of replicas on one machine, too.
+    def going_on(self, turn: Turn) -> Iterator[list[dict[str, Any]]]:
+        """What was said before. While this is open, nobody else goes on with a conversation: of replicas on one
+        machine, too.
 
         On an object store, which has no locks, two replicas may go on with one at the same moment.
 
@@ -80,38 +75,21 @@ class Conversations:
             WentOn: Another request went on with it meanwhile.
             StorageError: It cannot be read.
         """
-        with self._lock, self._alone():
-            if len(self.messages(turn.owner, turn.conversation_id)) != turn.begun:
+        with self._lock, self._storage.alone(*_FOLDER, ".lock"):
+            said = self.messages(turn.owner, turn.conversation_id)
+            if len(said) != turn.begun:
                 raise WentOn
-            yield
+            yield said
 
-    def add(self, turn: Turn, reply: dict[str, Any]) -> None:
-        """Remember a turn and its reply, while `going_on` is open; on disk when this returns.
+    def add(self, turn: Turn, said: list[dict[str, Any]], reply: dict[str, Any]) -> None:
+        """Remember a turn and its reply after what `going_on` gave, while that is open; on disk when this returns.
 
         Raises:
             StorageError: It cannot be written.
         """
-        said = self.messages(turn.owner, turn.conversation_id)
         messages = _recent([*said, *turn.messages, reply])
         content = json.dumps({"updated_at": time.time(), "messages": messages}, ensure_ascii=True)
         self._storage.write(content.encode(), *_FOLDER, _name(turn.owner, turn.conversation_id))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._storage.is_local:
-            yield
-            return
-        path = Path(self._storage.path(*_FOLDER, ".lock"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageError(f"cannot write {path} ({error})") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def forget_old(self) -> int:
         """Remove those that nobody went on with for too long; returns how many."""

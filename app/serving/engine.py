@@ -24,8 +24,8 @@ from app.serving.engines import EngineFull
 from app.serving.grammar import Grammars
 from app.serving.packed_linear import pack
 from app.serving.prefix_cache import BLOCK_TOKENS, PrefixCache, block_keys
-from app.serving.reply import Reply
-from app.serving.sampling import Draw, TokenTexts, choose
+from app.serving.reply import Reply, give_draws
+from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
 from app.serving.schema import Refused
 from app.serving.slot_cache import SlotCache, View
 
@@ -66,7 +66,7 @@ class Engine:
         pack(model)
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(getattr(model.generation_config, "eos_token_id", None), tokenizer)
         self._grammars = Grammars(tokenizer, model.config.get_text_config().vocab_size, self._ends)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
@@ -100,9 +100,7 @@ class Engine:
         Raises:
             GrammarFailed: A grammar is broken or too large.
         """
-        for reply in replies:
-            lark = reply.sampling.grammar
-            reply.draw = Draw(reply.sampling, self._grammars.grammar(lark) if lark else None, reply.choice)
+        give_draws(replies, self._grammars)
 
     def submit(self, replies: Sequence[Reply]) -> None:
         """Queue all of them.
@@ -300,13 +298,6 @@ class Engine:
                 f"{difference:.2f} standard deviations)",
                 "use a causal language model with an ordinary key-value cache",
             )
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a reply: the tokenizer's and those of the model's generation settings."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
 def _check_attention(model: PreTrainedModel, context_tokens: int) -> None:

@@ -5,6 +5,7 @@ complete does not wait for them beyond a deadline.
 """
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Mapping
@@ -67,7 +68,9 @@ class Functions:
 
     def ask(self, question: str, variant: str) -> "asyncio.Task[Insight]":
         """Begin to find out about a question; the task ends when all is known, or at the deadline."""
-        return asyncio.get_running_loop().create_task(self._asked(question, variant))
+        # An empty context: an answer that is written is recorded with what they say, also if its client has left.
+        working = self._asked(question, variant)
+        return asyncio.get_running_loop().create_task(working, context=contextvars.Context())
 
     async def _asked(self, question: str, variant: str) -> Insight:
         deadline_s = time.monotonic() + self._deadline_s

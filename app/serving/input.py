@@ -12,7 +12,7 @@ the question, and response management settles and logs it; only then does the cl
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -203,8 +203,10 @@ class InputHandling:
         chat = parse_chat(await self._body(request), self._config)
         turn, said = await self._conversation(request, chat)
         # Schemas take time to be read: other requests do not wait for it.
-        is_long = bool(chat.tools or chat.response_format)
-        asked = await (asyncio.to_thread if is_long else _at_once)(chat_request, chat, self._config, said)
+        if chat.tools or chat.response_format:
+            asked = await asyncio.to_thread(chat_request, chat, self._config, said)
+        else:
+            asked = chat_request(chat, self._config, said)
         return await self._answer(request, asked, new_response_id(), begun_s, received_at, turn)
 
     async def complete(self, request: Request) -> Response:
@@ -238,7 +240,8 @@ class InputHandling:
         received_at: str,
         turn: Turn | None = None,
     ) -> Response:
-        asked = await asyncio.to_thread(self._guard.masked, asked) if self._config.privacy.mask_model else asked
+        if self._config.privacy.mask_model:
+            asked = await asyncio.to_thread(self._guard.masked, asked)
         is_chat = asked.endpoint == "chat"
         user_hash = self._access.pseudonym(asked.user) if asked.user else None
         who = f"{turn.owner} {turn.conversation_id}" if turn else response_id
@@ -346,10 +349,6 @@ class InputHandling:
             return await request.body()
         except ClientDisconnect:
             raise RequestError(400, "the connection closed before the body was complete", "incomplete_body") from None
-
-
-async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _raise_refused(result: Any) -> None:

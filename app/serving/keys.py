@@ -6,16 +6,13 @@ hash reaches, so a slow password hash would buy nothing and would let anyone kee
 `python -m jobs.keys` changes the file; every replica of the application follows it, see access.py.
 """
 
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -218,7 +215,7 @@ def change(storage: Storage, changed: Callable[[KeyRing], tuple[KeyRing, Result]
     Raises:
         StorageError: The file cannot be read or written, or others kept undoing the change.
     """
-    with _alone(storage):
+    with storage.alone(*_LOCK):
         for _ in range(_ATTEMPTS):
             before = read(storage) or new_ring()
             after, told = changed(before)
@@ -270,21 +267,3 @@ def _check(
 
 def _hash(salt: str, key: str) -> str:
     return hashlib.sha256((salt + key).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(storage: Storage) -> Iterator[None]:
-    if not storage.is_local:
-        yield
-        return
-    path = storage.path(*_LOCK)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot write {storage.uri(*_LOCK)} ({error})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,9 +8,9 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app.errors import ModelError
 from app.serving.autoscaling import LATENCY, LOOK_BACK_S
@@ -75,8 +75,10 @@ class LanguageModel:
             yield Refused(400, what, "invalid_value", "n" if request.n > 1 else "prompt")
             return
         try:
-            read = asyncio.to_thread if request.characters > THREAD_CHARS else _at_once
-            prompts = await read(self._prompts.accepted, request)
+            if request.characters > THREAD_CHARS:
+                prompts = await asyncio.to_thread(self._prompts.accepted, request)
+            else:
+                prompts = self._prompts.accepted(request)
         except ModelError as error:  # a chat template that does not take such turns
             yield Refused(400, str(error), "invalid_value", "messages")
             return
@@ -166,10 +168,6 @@ class LanguageModel:
 
 def _max_waiting(config: ServingConfig, variant: VariantConfig) -> int:
     return max(config.max_batch_slots, config.size(variant).max_ongoing_requests)
-
-
-async def _at_once(function: Callable[[GenerationRequest], Any], request: GenerationRequest) -> Any:
-    return function(request)
 
 
 def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Prompts]":

@@ -69,24 +69,12 @@ class Prompts:
                 return Refused(400, what, "invalid_value", "logit_bias")
         accepted, dropped = [], 0
         for prompt in request.prompts:
-            while request.trims and _characters(prompt) > MOST_CHARS_A_TOKEN * self.context_tokens:
-                shorter = without_oldest_turn(prompt)
-                if len(shorter) == len(prompt):
-                    break
-                dropped += len(prompt) - len(shorter)
-                prompt = shorter
-            if (size := _characters(prompt)) > MOST_CHARS_A_TOKEN * self.context_tokens:
-                field = field_of(prompt)
-                what = f"{field} has {size} characters, far more than the context of {self.context_tokens} tokens holds"
-                return Refused(400, what, "context_length_exceeded", field)
-            ids = self.token_ids(prompt, request.tools)
-            while (refusal := self._refusal(ids, request.sampling.max_tokens, field_of(prompt))) is not None:
+            while isinstance(ids := self._fitting(prompt, request), Refused):
                 shorter = without_oldest_turn(prompt) if request.trims else prompt
                 if len(shorter) == len(prompt):
-                    return refusal
+                    return ids
                 dropped += len(prompt) - len(shorter)
                 prompt = shorter
-                ids = self.token_ids(prompt, request.tools)
             accepted.append(ids)
         return Accepted(accepted, dropped)
 
@@ -110,6 +98,15 @@ class Prompts:
     def check(self, ids: Sequence[int], field: str) -> Refused | None:
         """Why tokens that a request names, or that its text has, cannot be read."""
         return self._refusal(ids, None, field)
+
+    def _fitting(self, prompt: Prompt, request: GenerationRequest) -> list[int] | Refused:
+        """A prompt's tokens, if a reply fits behind them. What is far too long is not tokenised."""
+        field, size = field_of(prompt), _characters(prompt)
+        if size > MOST_CHARS_A_TOKEN * self.context_tokens:
+            what = f"{field} has {size} characters, far more than the context of {self.context_tokens} tokens holds"
+            return Refused(400, what, "context_length_exceeded", field)
+        ids = self.token_ids(prompt, request.tools)
+        return self._refusal(ids, request.sampling.max_tokens, field) or ids
 
     def _refusal(self, ids: Sequence[int], wanted: int | None, field: str) -> Refused | None:
         if not ids:

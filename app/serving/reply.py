@@ -4,9 +4,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from app.serving.grammar import Grammars
 from app.serving.reply_text import ReplyText
 from app.serving.sampling import Draw
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling, TokenLogprob
+
+
+def give_draws(replies: Sequence["Reply"], grammars: Grammars) -> None:
+    """Read the replies' grammars and say how their tokens are chosen; safe to call from any thread.
+
+    Raises:
+        GrammarFailed: A grammar is broken or too large.
+    """
+    for reply in replies:
+        lark = reply.sampling.grammar
+        reply.draw = Draw(reply.sampling, grammars.grammar(lark) if lark else None, reply.choice)
 
 
 @dataclass(eq=False)

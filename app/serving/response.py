@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -77,16 +77,16 @@ class ResponseManagement:
         if self._config.privacy.mask_log:
             exchange = masked(exchange, self._detector)
         turn = draft.turn if draft.status == "ok" and draft.rule is None and _is_whole(draft.message) else None
-        with self._conversations.going_on(turn) if turn else nullcontext():
+        nobody: AbstractContextManager[list[dict[str, Any]]] = nullcontext([])
+        with self._conversations.going_on(turn) if turn else nobody as said:
             self._log.append(exchange)
             if conclusion.handover and draft.status == "ok":
                 self._queue.add(exchange.response_id, _for_a_person(exchange))
             if turn:
-                content = f"{draft.message['content'] or ''}{conclusion.added}"
-                if not content and draft.message.get("tool_calls"):
-                    self._conversations.add(turn, draft.message)
-                else:
-                    self._conversations.add(turn, {**draft.message, "content": content})
+                reply = draft.message
+                if not reply.get("tool_calls"):
+                    reply = {**reply, "content": reply["content"] + conclusion.added}
+                self._conversations.add(turn, said, reply)
 
     async def waiting(self, limit: int) -> list[dict[str, Any]] | Refused:
         """Answers that wait for a person, oldest first."""

@@ -107,6 +107,16 @@ def _changed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return logits_BV
 
 
+def end_tokens(configured: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a reply: the tokenizer's and those of the model's generation settings.
+
+    Args:
+        configured: `eos_token_id` there: one, several or none.
+    """
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
+
+
 class TokenTexts:
     """Tokens as bytes of text, of which a character may take several."""
 

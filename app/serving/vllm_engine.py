@@ -38,8 +38,8 @@ from vllm.v1.executor.abstract import Executor
 from app.errors import ModelError
 from app.serving.engines import EngineFull, Unsupported
 from app.serving.grammar import Grammars
-from app.serving.reply import Reply
-from app.serving.sampling import Draw, TokenTexts
+from app.serving.reply import Reply, give_draws
+from app.serving.sampling import TokenTexts, end_tokens
 from app.serving.schema import Refused, Sampling, TokenLogprob
 from app.settings.serving import VllmConfig
 
@@ -78,7 +78,7 @@ class VllmEngine:
         _check(folder)
         self.parameters = _parameters(folder)
         self._texts = TokenTexts(tokenizer)
-        self._ends = _end_tokens(folder, tokenizer)
+        self._ends = end_tokens(_configured_ends(folder), tokenizer)
         self._grammars = Grammars(tokenizer, vocabulary, self._ends)
         self._slots, self._max_waiting = slots, max_waiting
         self._numbers = 0
@@ -118,9 +118,7 @@ class VllmEngine:
         Raises:
             GrammarFailed: A grammar is broken or too large.
         """
-        for reply in replies:
-            lark = reply.sampling.grammar
-            reply.draw = Draw(reply.sampling, self._grammars.grammar(lark) if lark else None, reply.choice)
+        give_draws(replies, self._grammars)
 
     def submit(self, replies: Sequence[Reply]) -> None:
         """Queue all of them.
@@ -332,9 +330,6 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def _end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a reply: the tokenizer's and those of the model's generation settings."""
+def _configured_ends(folder: Path) -> Any:
     settings = folder / "generation_config.json"
-    configured = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None
-    several = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
+    return json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None

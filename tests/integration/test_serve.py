@@ -347,6 +347,28 @@ def test_a_client_that_leaves_frees_its_slot_and_is_logged_as_cancelled(service:
     eventually(lambda: http.get("/ready").json()["slots_in_use"] == {"champion": 0})
 
 
+def test_an_answer_whose_client_leaves_before_the_functions_have_spoken_is_logged_whole(
+    service: Service, http: httpx.Client
+) -> None:
+    (pid,) = pids("Intent")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        body = {"model": "support", "messages": asked("thank you"), "stream": True}
+        text = ""
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line.removeprefix("data: "))
+                    assert chunk["choices"][0]["finish_reason"] is None, "the end waits for what the functions say"
+                    text += chunk["choices"][0]["delta"]["content"]
+                if text == ANSWERS["thank you"]:
+                    break
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    exchange = eventually(lambda: traffic.find(Storage(service.store), chunk["id"])[0])
+    assert (exchange.status, exchange.reply) == ("ok", ANSWERS["thank you"])
+
+
 def test_health_and_readiness_are_public(service: Service) -> None:
     assert httpx.get(f"{service.url}/health", timeout=60).json() == {"status": "ok"}
     ready = httpx.get(f"{service.url}/ready", timeout=60).json()

@@ -17,8 +17,8 @@ HI = {"role": "assistant", "content": "hi"}
 
 
 def said(conversations: Conversations, turn: Turn) -> None:
-    with conversations.going_on(turn):
-        conversations.add(turn, HI)
+    with conversations.going_on(turn) as before:
+        conversations.add(turn, before, HI)
 
 
 def test_a_conversation_is_what_was_said_in_it_and_belongs_to_its_owner(store: str) -> None:
