@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from hypothesis import settings
 
@@ -194,3 +196,18 @@ def service(cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytes
     last_line = json.loads(logs.strip().splitlines()[-1])
     yield Service(url, cluster.api_key, str(store / "store"), config, job, last_line, ENGINE)
     deployment.remove("support")
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, which tries nothing twice."""
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.api_key, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(service: Service) -> Iterator[httpx.Client]:
+    """Plain HTTP with the key."""
+    headers = {"Authorization": f"Bearer {service.api_key}"}
+    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as client:
+        yield client

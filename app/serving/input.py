@@ -28,7 +28,8 @@ from starlette.responses import JSONResponse, Response
 from app.errors import RequestError
 from app.serving import limits
 from app.serving.access import Access
-from app.serving.answer import Answer, Answering
+from app.serving.answer import Answer
+from app.serving.answering import Answering
 from app.serving.bodies import ChatCompletionBody
 from app.serving.conversations import Turn
 from app.serving.functions import Functions

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from app.serving import bodies
-from app.serving.requests import NEUTRAL
+from app.serving.parsing import NEUTRAL
 
 VERSION = "1"
 _REF = "#/components/schemas/"

@@ -1,52 +1,19 @@
-"""Request bodies: bytes from a stranger to typed messages, or a 400 that names the parameter.
-
-No field is ever ignored in silence. What this service does not support is accepted only with the value that asks
-for nothing (`"store": false`, `"functions": []`), and refused otherwise.
-"""
+"""Checked bodies to the messages that the deployments hand each other, or a 400 that names the parameter."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from typing import Any
 
 from app.errors import RequestError
 from app.serving import bodies, tools
 from app.serving.output_format import ANY_OBJECT, Function, ToolChoice, grammar
+from app.serving.parsing import MAX_TOLD_CHARS, parsed
 from app.serving.schema import AnswerRequest, FeedbackRequest, Prompt, Sampling, TextRequest
 from app.serving.turns import question, turns
 from app.settings.serving import ServingConfig
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's own default for /v1/completions."""
-MAX_KEYS = 2 * bodies.MAX_LOGIT_BIASES
-"""In one JSON object; what is wrong with 80,000 of them takes half a second to say."""
-MAX_TOLD_CHARS = 200
-"""Of a name that is told back."""
-MAX_ITEMS = 65_536
-"""In a list, where no other limit holds: tokens of a prompt."""
-
-# Fields of OpenAI's that are not supported, and the values that ask for nothing beyond null.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none",),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "service_tier": (),
-    "store": (False,),
-    "web_search_options": (),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "safety_identifier": (),
-    "moderation": (),
-    "suffix": (),
-}
 
 
 def parse_chat(body: bytes, config: ServingConfig) -> bodies.ChatCompletionBody:
@@ -55,7 +22,7 @@ def parse_chat(body: bytes, config: ServingConfig) -> bodies.ChatCompletionBody:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    return _parsed(bodies.ChatCompletionBody, body, config)
+    return parsed(bodies.ChatCompletionBody, body, config)
 
 
 def chat_request(
@@ -111,7 +78,7 @@ def parse_completion(body: bytes, config: ServingConfig) -> AnswerRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    completion = _parsed(bodies.CompletionBody, body)
+    completion = parsed(bodies.CompletionBody, body)
     prompts, n = _prompts(completion.prompt, "prompt", config), _n(completion.n, config)
     if completion.best_of not in (None, n):
         raise RequestError(
@@ -147,7 +114,7 @@ def parse_embedding(body: bytes, config: ServingConfig) -> tuple[TextRequest, bo
     Raises:
         RequestError: 400, naming the parameter.
     """
-    embedding = _parsed(bodies.EmbeddingBody, body)
+    embedding = parsed(bodies.EmbeddingBody, body)
     return TextRequest(embedding.model, _prompts(embedding.input, "input", config)), embedding
 
 
@@ -157,7 +124,7 @@ def parse_tokenize(body: bytes, config: ServingConfig) -> TextRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    asked = _parsed(bodies.TokenizeBody, body, config)
+    asked = parsed(bodies.TokenizeBody, body, config)
     if (asked.prompt is None) == (asked.messages is None):
         raise RequestError(400, "give either prompt or messages", "invalid_value", "prompt")
     if asked.messages is None:
@@ -174,7 +141,7 @@ def parse_detokenize(body: bytes) -> TextRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    asked = _parsed(bodies.DetokenizeBody, body)
+    asked = parsed(bodies.DetokenizeBody, body)
     return TextRequest(asked.model, (tuple(asked.tokens),))
 
 
@@ -184,7 +151,7 @@ def parse_take(body: bytes) -> str:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    return _parsed(bodies.TakeBody, body).agent
+    return parsed(bodies.TakeBody, body).agent
 
 
 def parse_feedback(body: bytes) -> FeedbackRequest:
@@ -193,43 +160,8 @@ def parse_feedback(body: bytes) -> FeedbackRequest:
     Raises:
         RequestError: 400, naming the parameter.
     """
-    feedback = _parsed(bodies.FeedbackBody, body)
+    feedback = parsed(bodies.FeedbackBody, body)
     return FeedbackRequest(feedback.response_id, feedback.rating, feedback.intent, feedback.comment)
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A strict reading of one JSON object: no NaN, no duplicate key, no lone surrogate.
-
-    Raises:
-        RequestError: 400.
-    """
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise RequestError(
-            400, "the body has half of a surrogate pair, which is no character", "invalid_json"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RequestError(400, f"the body is not valid JSON: {what}", "invalid_json") from None
-    if not isinstance(value, dict):
-        raise RequestError(400, f"the body must be a JSON object, not a {type(value).__name__}", "invalid_json")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_KEYS:
-        raise ValueError(f"an object has {len(pairs)} keys, at most {MAX_KEYS} are taken")
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {name[:MAX_TOLD_CHARS]!r} stands twice in an object")
-    return found
 
 
 def _sampling(
@@ -365,53 +297,3 @@ def _as_json(given: Sequence[bodies.Tool] | None) -> tuple[str, ...]:
         )
         for tool in given or ()
     )
-
-
-def _check_counts(fields: dict[str, Any], config: ServingConfig | None) -> None:
-    """Before they are looked at: what is wrong with 300,000 of them takes seconds to say."""
-    most = {"messages": config.max_messages, "tools": config.max_tools} if config else {}
-    for name, value in fields.items():
-        allowed = most.get(name, MAX_ITEMS)
-        if isinstance(value, list) and len(value) > allowed:
-            code = "too_many_messages" if name == "messages" else "invalid_value"
-            raise RequestError(400, f"{len(value)} {name} are too many: at most {allowed} are taken", code, name)
-
-
-BodyType = TypeVar("BodyType", bound=bodies.Body)
-
-
-def _parsed(kind: type[BodyType], body: bytes, config: ServingConfig | None = None) -> BodyType:
-    fields = parse_json(body)
-    _check_counts(fields, config)
-    for name, harmless in NEUTRAL.items():
-        if name not in kind.model_fields:
-            value = fields.pop(name, None)
-            if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
-                raise RequestError(
-                    400, f"{name} is not supported by this service; leave it out", "unsupported_value", name
-                )
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False, include_input=False)[0]) from None
-
-
-def _refusal(problem: ErrorDetails) -> RequestError:
-    """The first problem in OpenAI's terms, such as `messages[0].content` is missing."""
-    param = ""
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part.isidentifier() or not param:
-            param += f".{part}" if param else part
-        elif param == "logit_bias":
-            param += f".{part}"
-        else:
-            break  # the rest tells apart the types that a field may have
-    param = param[:MAX_TOLD_CHARS]
-    if problem["type"] == "extra_forbidden":
-        return RequestError(400, f"{param} is not a known field", "unknown_parameter", param)
-    if problem["type"] == "missing":
-        return RequestError(400, f"{param} is missing", "missing_required_parameter", param)
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return RequestError(400, f"{param}: {message}", "invalid_value", param)

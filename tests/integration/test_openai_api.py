@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -25,19 +24,6 @@ from tests.answering_model import (
 from tests.conftest import Service
 
 QUESTION = "how do i reset my password?"
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.api_key, max_retries=0, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(service: Service) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {service.api_key}"}
-    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as client:
-        yield client
 
 
 def user(text: str) -> dict[str, Any]:

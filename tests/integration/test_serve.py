@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,6 @@ def eventually(holds: Callable[[], Any], within_s: float = 120) -> Any:
         assert time.monotonic() < deadline_s, "it never came true"
         time.sleep(0.1)
     return value
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.api_key, max_retries=0, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(service: Service) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {service.api_key}"}
-    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as client:
-        yield client
 
 
 def streamed(client: openai.OpenAI, question: str, **options: Any) -> tuple[str, list[Any]]:

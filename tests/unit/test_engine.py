@@ -1,9 +1,7 @@
 """The oracle is transformers' own `generate`, one request at a time."""
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +26,10 @@ from app.serving.engine import Engine
 from app.serving.engines import EngineFull
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.sampling import Draw, choose
-from app.serving.schema import Delta, Event, Finished, Refused, Sampling
+from app.serving.schema import Refused, Sampling
 from tests import answering_model
 from tests.answering_model import ANSWERS, ENDLESS, UNSURE
-from tests.engine_replies import submit
-
-GREEDY = Sampling(max_tokens=None, temperature=0.0, top_p=1.0, seed=None, stop=())
-
-
-@dataclass
-class Client:
-    """Collects what the engine delivers."""
-
-    events: list[Event] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        self.begun.set()
-        if isinstance(event, Finished | Refused):
-            self.done.set()
-
-    @property
-    def text(self) -> str:
-        assert self.done.wait(60)
-        return "".join(event.text for event in self.events if isinstance(event, Delta))
-
-    @property
-    def finished(self) -> Finished:
-        assert self.done.wait(60)
-        assert isinstance(self.events[-1], Finished)
-        return self.events[-1]
+from tests.engine_replies import GREEDY, Client, submit
 
 
 class Asking:

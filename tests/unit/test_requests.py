@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from app.errors import RequestError
 from app.serving.bodies import ChatCompletionBody
-from app.serving.requests import NEUTRAL, chat_request, parse_chat, parse_feedback, parse_json
+from app.serving.parsing import NEUTRAL, parse_json
+from app.serving.requests import chat_request, parse_chat, parse_feedback
 from app.serving.schema import AnswerRequest, FeedbackRequest
 from app.settings.serving import ServingConfig
 

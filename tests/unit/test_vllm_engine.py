@@ -1,9 +1,7 @@
 """vLLM's engine by itself, in an environment that has it: `make vllm`, then its pytest. The oracle is transformers."""
 
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +18,15 @@ from app.errors import ModelError
 from app.serving.engines import EngineFull, Unsupported
 from app.serving.output_format import GrammarFailed
 from app.serving.reply import Reply
-from app.serving.schema import Delta, Event, Finished, Refused, Sampling
+from app.serving.schema import Delta, Refused, Sampling
 from app.serving.vllm_engine import VllmEngine
 from app.settings.serving import VllmConfig
 from tests import answering_model
 from tests.answering_model import ANSWERS, CONTEXT_TOKENS, ENDLESS, UNSURE
-from tests.engine_replies import submit
+from tests.engine_replies import GREEDY, Client, submit
 
 CONFIG = VllmConfig(dtype="float32", kv_cache_bytes=2**26, enforce_eager=True)
-GREEDY = Sampling(max_tokens=None, temperature=0.0, top_p=1.0, seed=None, stop=())
 SLOTS, WAITING = 4, 60
-
-
-@dataclass
-class Client:
-    """Collects what the engine delivers."""
-
-    events: list[Event] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    begun: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        self.begun.set()
-        if isinstance(event, Finished | Refused):
-            self.done.set()
-
-    @property
-    def text(self) -> str:
-        assert self.done.wait(60)
-        return "".join(event.text for event in self.events if isinstance(event, Delta))
-
-    @property
-    def finished(self) -> Finished:
-        assert self.done.wait(60)
-        assert isinstance(self.events[-1], Finished)
-        return self.events[-1]
 
 
 class Asking:
