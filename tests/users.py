@@ -179,7 +179,8 @@ class Users(threading.Thread):
         """Wait for so many more answers."""
         wanted, deadline_s = len(self.answered) + number, time.monotonic() + within_s
         while len(self.answered) < wanted:
-            assert time.monotonic() < deadline_s, f"{wanted - len(self.answered)} of {number} answers did not come"
+            missing = wanted - len(self.answered)
+            assert time.monotonic() < deadline_s, f"{missing} of {number} answers did not come; {self.failed[-3:]}"
             time.sleep(0.05)
 
 

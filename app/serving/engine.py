@@ -1,7 +1,7 @@
 """Continuous batching: many replies written at once by one model, each joining and leaving at its own time.
 
-Every forward pass adds one token to each running reply; a new request's prompt is read between two passes.
-The keys and values of reply i are row i of one cache, see slot_cache.py. Any causal language model that attends
+Every step adds one token to each running reply; the prompts of new requests are read between two steps, see
+passes.py. The keys and values of reply i are row i of one cache, see slot_cache.py. Any causal language model that attends
 to cached keys and values through `transformers.Cache` works; one that does not is found out and refused when it
 is loaded.
 
@@ -21,18 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
 from app.serving.engines import EngineFull
+from app.serving.fixed_passes import FixedPasses
 from app.serving.grammar import Grammars
-from app.serving.packed_linear import pack
+from app.serving.passes import FittingPasses, Passes
 from app.serving.prefix_cache import BLOCK_TOKENS, PrefixCache, block_keys
 from app.serving.reply import Reply, give_draws
 from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
 from app.serving.schema import Refused
-from app.serving.slot_cache import SlotCache, View
 
 logger = logging.getLogger(__name__)
-
-PROMPT_TOKENS_PER_PASS = 512
-"""Prompt tokens read between two passes at most, beyond the first prompt: running replies do not stall."""
 
 
 class Engine:
@@ -42,11 +39,12 @@ class Engine:
     and then they sleep between operations, which take twice as long. So load the model in a thread that ends.
 
     Args:
-        model: The engine changes it: attention on a CPU, and how weights are laid out there.
+        model: On a CPU or a GPU. The engine changes it: attention, and on a CPU how weights are laid out.
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
         max_waiting: Replies that may wait for a slot.
-        prefix_cache_bytes: Of keys and values that are kept of prompts' beginnings.
+        prefix_cache_bytes: Of keys and values that are kept of prompts' beginnings, where the model is.
+        passes: None: FittingPasses on a CPU, FixedPasses on a GPU.
 
     Raises:
         ModelError: The model does not attend to cached keys and values the way this engine keeps them.
@@ -60,17 +58,17 @@ class Engine:
         context_tokens: int,
         max_waiting: int,
         prefix_cache_bytes: int = 0,
+        passes: Callable[[PreTrainedModel, int, int], Passes] | None = None,
     ) -> None:
         _check_attention(model, context_tokens)
-        self._device = model.device
-        pack(model)
+        self._make_passes = passes or (FittingPasses if model.device.type == "cpu" else FixedPasses)
+        self._passes: Passes
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
         self._ends = end_tokens(getattr(model.generation_config, "eos_token_id", None), tokenizer)
         self._grammars = Grammars(tokenizer, model.config.get_text_config().vocab_size, self._ends)
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
-        self._cache = SlotCache(model, slots, context_tokens)
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._running: list[Reply] = []
         self._waiting: deque[Reply] = deque()
@@ -139,7 +137,7 @@ class Engine:
 
     def _embedded(self, ids: Sequence[int]) -> list[float]:
         body = self._model.base_model
-        hidden_1TH = body(torch.tensor([ids], device=self._device), use_cache=False).last_hidden_state
+        hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
         mean_H = hidden_1TH[0].float().mean(dim=0)
         vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
         return vector
@@ -180,7 +178,7 @@ class Engine:
                 self._do_task()
                 self._admit()
                 if self._running:
-                    self._advance(self._pass())
+                    self._advance(self._step())
         except Exception as error:
             # The replica's health check reports it and Serve starts another replica.
             logger.exception("the engine ended")
@@ -205,49 +203,43 @@ class Engine:
                 while not (self._running or self._waiting or self._tasks or self._stopping):
                     self._wake.wait()
                     self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
-                if not self._waiting or len(self._running) == self._slots or self._stopping:
-                    return
-                read_tokens += len(self._waiting[0].prompt)
-                if self._running and read_tokens > PROMPT_TOKENS_PER_PASS:
-                    return
-                reply = self._waiting.popleft()
-                self._running.append(reply)
-            slot = len(self._running) - 1
-            self._advance(self._read(reply, slot), first=slot)
+                first = len(self._running)
+                while self._waiting and len(self._running) < min(self._slots, first + self._passes.prompts):
+                    read_tokens += len(self._waiting[0].prompt)
+                    if self._stopping or (self._running and read_tokens > self._passes.prompt_tokens):
+                        break
+                    self._running.append(self._waiting.popleft())
+            if len(self._running) == first:
+                return
+            self._advance(self._read(first), first=first)
 
-    def _read(self, reply: Reply, slot: int) -> torch.Tensor:
-        """Bring a prompt into a slot, as far as it goes from what earlier ones left; returns its logits_1V."""
-        begin = 0
-        for key in block_keys(reply.scope, reply.prompt):
-            block = self._prefixes.get(key)
-            if block is not None:
-                self._cache.put_block(slot, begin, block)
-                reply.cached_tokens += BLOCK_TOKENS
-            else:
-                ids = reply.prompt[begin : begin + BLOCK_TOKENS]
-                self._forward([ids], self._cache.prompt_view(slot, begin, BLOCK_TOKENS))
-                self._prefixes.put(key, self._cache.block(slot, begin, BLOCK_TOKENS))
-            begin += BLOCK_TOKENS
-        rest = reply.prompt[begin:]
-        return self._forward([rest], self._cache.prompt_view(slot, begin, len(rest)))
+    def _read(self, first: int) -> torch.Tensor:
+        """Bring the prompts of the slots from `first` on into them, as far as it goes from what earlier ones left;
+        returns their logits_BV."""
+        replies = dict(enumerate(self._running[first:], first))
+        keys = {slot: block_keys(reply.scope, reply.prompt) for slot, reply in replies.items()}
+        for number in range(max(map(len, keys.values()))):
+            begin = number * BLOCK_TOKENS
+            new = []
+            for slot in (slot for slot in keys if number < len(keys[slot])):
+                block = self._prefixes.get(keys[slot][number])
+                if block is None:
+                    new.append(slot)
+                else:
+                    self._passes.cache.put_block(slot, begin, block)
+                    replies[slot].cached_tokens += BLOCK_TOKENS
+            if new:
+                ids = [replies[slot].prompt[begin : begin + BLOCK_TOKENS] for slot in new]
+                for slot, block in zip(new, self._passes.read_blocks(new, begin, ids), strict=True):
+                    self._prefixes.put(keys[slot][number], block)
+        begins = [len(keys[slot]) * BLOCK_TOKENS for slot in keys]
+        rest = [reply.prompt[begin:] for reply, begin in zip(replies.values(), begins, strict=True)]
+        return self._passes.read_ends(list(replies), begins, rest)
 
-    def _pass(self) -> torch.Tensor:
+    def _step(self) -> torch.Tensor:
         """One more position for every running reply; returns its logits_BV."""
-        last = [[reply.tokens[-1]] for reply in self._running]
-        return self._forward(last, self._cache.step_view([reply.length - 1 for reply in self._running]))
-
-    def _forward(self, ids: Sequence[Sequence[int]], view: View) -> torch.Tensor:
-        self._cache.view = view
-        output = self._model(
-            input_ids=torch.tensor(ids, device=self._device),
-            position_ids=view.positions,
-            attention_mask=view.mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        last = [reply.tokens[-1] for reply in self._running]
+        return self._passes.step(last, [reply.length - 1 for reply in self._running])
 
     def _advance(self, logits_BV: torch.Tensor, first: int = 0) -> None:
         """Choose the next token of the replies from slot `first` on; finished ones leave."""
@@ -272,19 +264,21 @@ class Engine:
         """Take a reply out; the last one moves into its row, so that the rows in use stay the first ones."""
         moved = self._running.pop()
         if slot < len(self._running):
-            self._cache.move(len(self._running), slot, moved.length)
+            self._passes.cache.move(len(self._running), slot, moved.length)
             self._running[slot] = moved
 
     def _check(self) -> None:
-        """Two replies of different lengths, batched, must have the logits of plain forward passes."""
+        """Make the passes. Two replies of different lengths, batched, must have the logits of plain forward passes."""
         size = self._model.get_input_embeddings().weight.shape[0]
         prompts = [[token % size for token in range(1, length)] for length in (12, 6)][: self._slots]
-        expected_BV = torch.cat([self._model(torch.tensor([ids])).logits[:, -1].float() for ids in prompts])
+        device = self._model.device
+        plain = (self._model(torch.tensor([ids], device=device)) for ids in prompts)
+        expected_BV = torch.cat([output.logits[:, -1].float() for output in plain])
         try:
+            self._passes = self._make_passes(self._model, self._slots, self.context_tokens)
             for slot, ids in enumerate(prompts):
-                self._forward([ids[:-1]], self._cache.prompt_view(slot, 0, len(ids) - 1))
-            view = self._cache.step_view([len(ids) - 1 for ids in prompts])
-            found_BV = self._forward([ids[-1:] for ids in prompts], view)
+                self._passes.read_ends([slot], [0], [ids[:-1]])
+            found_BV = self._passes.step([ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise ModelError(
                 f"{type(self._model).__name__} cannot be served ({type(error).__name__}: {error})",

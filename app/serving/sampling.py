@@ -71,9 +71,11 @@ def choose(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
     rows = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if rows:
         # What is 0 as a float32 would divide by 0: it is the most probable token as well.
-        temperatures = torch.tensor([[max(draws[row].sampling.temperature, LEAST_TEMPERATURE)] for row in rows])
-        top_ps = torch.tensor([[draws[row].sampling.top_p] for row in rows])
-        drawn = torch.tensor([[draws[row].random.random()] for row in rows])
+        settings = [
+            (max(draw.sampling.temperature, LEAST_TEMPERATURE), draw.sampling.top_p, draw.random.random())
+            for draw in (draws[row] for row in rows)
+        ]
+        temperatures, top_ps, drawn = torch.tensor(settings, device=logits_BV.device).unsqueeze(-1).unbind(1)
         # Dividing by a tiny temperature must not overflow: the largest logit becomes 0 first.
         scaled = logits_BV[rows] - logits_BV[rows].max(dim=-1, keepdim=True).values
         sorted_probabilities, order = torch.softmax(scaled / temperatures, dim=-1).sort(
@@ -103,7 +105,8 @@ def _changed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         logits_BV = logits_BV.clone()
     for row, change in changes.items():
         tokens, amounts = zip(*change, strict=True)
-        logits_BV[row].index_add_(0, torch.tensor(tokens), torch.tensor(amounts))
+        device = logits_BV.device
+        logits_BV[row].index_add_(0, torch.tensor(tokens, device=device), torch.tensor(amounts, device=device))
     return logits_BV
 
 

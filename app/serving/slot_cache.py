@@ -30,19 +30,39 @@ class View:
     """
 
     def __init__(self, first_row: int, begins: list[int], new_tokens: int, dtype: torch.dtype) -> None:
-        self.begins, self.new_tokens = begins, new_tokens
-        self.rows = slice(first_row, first_row + len(begins))
-        self.row_indices = torch.arange(self.rows.start, self.rows.stop)
+        self._begins, self.new_tokens = begins, new_tokens
+        self._rows = slice(first_row, first_row + len(begins))
+        self.row_indices = torch.arange(self._rows.start, self._rows.stop)
         self.positions = torch.tensor(begins).unsqueeze(1) + torch.arange(new_tokens)
         """(B, new tokens), where the new tokens stand."""
         self.lengths = self.positions[:, -1] + 1
         """(B,), positions that the last new token of each row attends to."""
-        self.length = _rounded_up(max(begins) + new_tokens)
+        self.length = rounded_up(max(begins) + new_tokens)
         """Positions that attention runs over, a multiple of LENGTH_STEP."""
-        visible = torch.arange(self.length) <= self.positions.unsqueeze(-1)
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        self.mask = mask.unsqueeze(1)
+        self.mask = self._mask(dtype)
         """Additive, (B, 1, new tokens, length): a token sees its own row up to itself."""
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
+        visible = torch.arange(self.length, device=self.positions.device) <= self.positions.unsqueeze(-1)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+    @property
+    def begin(self) -> int:
+        """Positions before the new tokens, of the longest row."""
+        return max(self._begins)
+
+    def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
+        """Put the new tokens' keys or values, (B, heads, new tokens, size), where they stand."""
+        if self.new_tokens == 1:
+            states[self.row_indices, :, self.lengths - 1] = new[:, :, 0]
+        else:
+            for row, begin, of_row in zip(self.row_indices, self._begins, new, strict=True):
+                states[row, :, begin : begin + self.new_tokens] = of_row
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """All that the new tokens may attend to."""
+        return states[self._rows, :, : self.length]
 
 
 class SlotCache(Cache):
@@ -50,12 +70,12 @@ class SlotCache(Cache):
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
         layers: int = model.config.get_text_config().num_hidden_layers
-        self._slot_layers = [SlotLayer(self, slots, _rounded_up(context_tokens)) for _ in range(layers)]
+        self._slot_layers = [SlotLayer(self, slots, rounded_up(context_tokens)) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
         self._dtype = model.dtype
         self.view = self.step_view([0])
         self._attend = decode_attention() if model.device.type == "cpu" else None
-        if self._attend and model.config._attn_implementation == "sdpa":
+        if (self._attend or model.device.type == "cuda") and model.config._attn_implementation == "sdpa":
             name = f"rayloop_slots_{id(self)}"
             AttentionInterface.register(name, self.attention)
             AttentionMaskInterface.register(name, sdpa_mask)
@@ -90,6 +110,16 @@ class SlotCache(Cache):
             layer.keys[slot, :, begin : begin + keys.shape[1]] = keys
             layer.values[slot, :, begin : begin + values.shape[1]] = values
 
+    def written(self, view: View) -> torch.Tensor:
+        """What a pass has written: (layers, keys and values, rows, heads, new tokens, head size)."""
+        rows = view.row_indices.unsqueeze(1)
+        return torch.stack(
+            [
+                torch.stack([states[rows, :, view.positions].transpose(1, 2) for states in (layer.keys, layer.values)])
+                for layer in self._slot_layers
+            ]
+        )
+
     def attention(
         self,
         module: torch.nn.Module,
@@ -101,11 +131,12 @@ class SlotCache(Cache):
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """The model's attention as transformers calls it: torch's own but for the step of a batch of ours."""
-        assert self._attend
         view = self.view
-        if attention_mask is view.mask and self._attend.takes(query, key, value):
+        if attention_mask is view.mask and query.shape[2] == 1:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return self._attend(query, key, value, view.lengths, scale), None
+            if self._attend and self._attend.takes(query, key, value):
+                return self._attend(query, key, value, view.lengths, scale), None
+            return grouped_attention(query, key, value, view.mask, scale), None
         attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
@@ -138,18 +169,13 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         view = self._cache.view
-        if view.new_tokens == 1:
-            self.keys[view.row_indices, :, view.lengths - 1] = key_states[:, :, 0]
-            self.values[view.row_indices, :, view.lengths - 1] = value_states[:, :, 0]
-        else:
-            for row, begin, keys, values in zip(view.row_indices, view.begins, key_states, value_states, strict=True):
-                self.keys[row, :, begin : begin + view.new_tokens] = keys
-                self.values[row, :, begin : begin + view.new_tokens] = values
-        return self.keys[view.rows, :, : view.length], self.values[view.rows, :, : view.length]
+        view.write(self.keys, key_states)
+        view.write(self.values, value_states)
+        return view.read(self.keys), view.read(self.values)
 
     def get_seq_length(self) -> int:
         """Positions before the coming pass, of the longest row."""
-        return max(self._cache.view.begins)
+        return self._cache.view.begin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys a pass attends to."""
@@ -160,5 +186,28 @@ class SlotLayer(CacheLayerMixin):
         return self._context_tokens
 
 
-def _rounded_up(tokens: int) -> int:
+def grouped_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of one new token a row, without a copy of keys and values for each head that shares them.
+
+    Args:
+        query: (rows, heads, 1, size); the heads that share keys and values follow one another.
+        keys: (rows, heads or fewer, positions, size).
+        values: As `keys`.
+        mask: Additive, (rows, 1, 1, positions).
+
+    Returns:
+        (rows, 1, heads, size).
+    """
+    rows, heads, _, size = query.shape
+    grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], size)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        grouped, keys, values, mask.expand(-1, -1, grouped.shape[2], -1), scale=scale
+    )
+    return attended.reshape(rows, 1, heads, size)
+
+
+def rounded_up(tokens: int) -> int:
+    """To a multiple of LENGTH_STEP."""
     return -(-tokens // LENGTH_STEP) * LENGTH_STEP

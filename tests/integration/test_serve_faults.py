@@ -53,7 +53,9 @@ class Shop:
         command = [sys.executable, "-m", "jobs.serve", "--config", str(self.config)]
         for setting in settings:
             command += ["--set", setting]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+        environment = {**os.environ, "RAYLOOP_API_KEY": self.key}
+        given = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
+        return subprocess.run(command, **given, timeout=600, check=False)
 
     def serve(self, *settings: str) -> None:
         """Deploy with so many settings."""
@@ -93,7 +95,8 @@ def shop(
     registry.set_alias("champion", first)
     yield Shop(service.url, service.api_key, config, registry, root)
     command = [sys.executable, "-m", "jobs.serve", "--config", str(service.config)]
-    subprocess.run(command, capture_output=True, cwd=ROOT, timeout=600, check=True)
+    environment = {**os.environ, "RAYLOOP_API_KEY": service.api_key}
+    subprocess.run(command, env=environment, capture_output=True, cwd=ROOT, timeout=600, check=True)
 
 
 def register(registry: Registry, folder: Path) -> Any:
@@ -413,8 +416,6 @@ class Resident(threading.Thread):
             self.most = max(self.most, self.bytes())
 
 
-NOISE = 2
-"""What twenty answers take at most varies by so much on a machine with other work."""
 SONG = 450
 """Tokens: so long that ten times the questions that can be answered are few enough to be asked."""
 
@@ -480,7 +481,7 @@ def test_too_many_questions_are_refused_and_the_others_answered_in_time(shop: Sh
     assert {asked.text for asked in accepted} == set(answers.values())
     assert statistics.median(each.took_s for each in refused) < limit_s, "who is refused is told so at once"
     print("a second", rate, "limit", limit_s, "p99 of the accepted", p99(accepted), "of", len(accepted), len(every))
-    assert p99(accepted) <= NOISE * 2 * limit_s
+    assert p99(accepted) <= 2 * limit_s
     assert set(health) == {200}
     assert len(health) > 5
     assert resident.most - resident.first < 200e6
@@ -538,7 +539,7 @@ def test_readers_that_are_slow_and_then_leave_hold_nobody_up(shop: Shop, fault: 
         open_files.append(descriptors(watched))
     fault.recovered()
     print("slots were free after", freed_s, "open files", open_files)
-    assert max(freed_s) < 3
+    assert max(freed_s) < 1
     assert open_files[-1] <= open_files[0] + 5, open_files
 
 

@@ -24,6 +24,7 @@ from app.conversation import prompt_ids
 from app.errors import ModelError
 from app.serving.engine import Engine
 from app.serving.engines import EngineFull
+from app.serving.fixed_passes import FixedPasses
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.sampling import Draw, choose
 from app.serving.schema import Refused, Sampling
@@ -35,10 +36,10 @@ from tests.engine_replies import GREEDY, Client, submit
 class Asking:
     """An engine with the tokenizer that questions need."""
 
-    def __init__(self, folder: Path, slots: int = 4, max_waiting: int = 100) -> None:
+    def __init__(self, folder: Path, slots: int = 4, max_waiting: int = 100, passes: Any = None) -> None:
         self.model, self.tokenizer = models.load(folder)
         context = answering_model.CONTEXT_TOKENS
-        self.engine = Engine(self.model, self.tokenizer, slots, context, max_waiting, prefix_cache_bytes=10_000_000)
+        self.engine = Engine(self.model, self.tokenizer, slots, context, max_waiting, 10_000_000, passes)
 
     def prompt(self, question: str) -> list[int]:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
@@ -66,9 +67,11 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+@pytest.fixture(scope="module", params=["float32", "int8", "fixed"])
 def asking(request: pytest.FixtureRequest, float_folder: Path, model_folder: Path) -> Iterator[Asking]:
-    asking = Asking(float_folder if request.param == "float32" else model_folder)
+    """On passes that fit, and on those of unchanging shapes that a GPU gets."""
+    folder = model_folder if request.param == "int8" else float_folder
+    asking = Asking(folder, passes=FixedPasses if request.param == "fixed" else None)
     yield asking
     asking.engine.stop()
 
