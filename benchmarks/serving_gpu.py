@@ -1,7 +1,8 @@
 """The transformers engine on a GPU: a model of 1.2 billion weights, 1 to 64 users, bfloat16 and int8.
 
     python -m benchmarks.serving_gpu --prepare      # where the conversations are: tokenizer and requests
-    python -m benchmarks.serving_gpu --out results  # where the GPU is
+    python -m benchmarks.serving_gpu --out found    # where the GPU is
+    python -m benchmarks.serving_gpu --report found/serving_gpu.json
 
 A random Llama of the shape of Llama 3.2 1B (its config.json: 2,048 x 16 layers, 32 heads on 8, 8,192, 128,256 tokens),
 prompts and lengths of replies of real conversations, greedy, in one process, each user asking again at once. Beside it
@@ -29,6 +30,7 @@ from app.serving.engine import Engine
 from app.serving.reply import Reply
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling
 from app.storage import resolve
+from benchmarks import measured
 
 FOLDER = Path(resolve(".rayloop")) / "bench-serving" / "gpu"
 SHAPES = {"1b": (2_048, 16, 32, 8, 8_192, 128_256), "tiny": (64, 2, 4, 2, 128, 4_096)}
@@ -46,6 +48,15 @@ def prepare() -> None:
     rows = json.loads(requests_files("7m")["ids"].read_text())
     wanted = [[row["body"]["prompt"], row["tokens"]] for row in rows][:1_000]
     (FOLDER / "requests.json").write_text(json.dumps(wanted))
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+    """Or fail."""
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"not within {within_s:.0f} s")
+        time.sleep(0.005)
 
 
 class Crowd:
@@ -83,8 +94,7 @@ class Crowd:
         time.sleep(seconds)
         end_s = time.monotonic()
         self._ended = True
-        while self._engine.slots_in_use:
-            time.sleep(0.01)
+        wait_until(lambda: not self._engine.slots_in_use)
         assert not self.failures, self.failures[0]
         some = [(reply, end) for when_s, reply, end in self.done if begin_s <= when_s <= end_s]
         waits = sorted(end.time_to_first_token_s for _, end in some)
@@ -105,8 +115,10 @@ class Crowd:
 def replies(engine: Engine, requests: Sequence[Request], sampling: Sampling, together: bool) -> list[list[int]]:
     """Their tokens, asked for one by one or all at once."""
     made: list[Reply] = []
+    all_ended: list[threading.Event] = []
     for prompt, tokens in requests:
         ended = threading.Event()
+        all_ended.append(ended)
 
         def deliver(event: Event, ended: threading.Event = ended) -> None:
             if not isinstance(event, Delta):
@@ -116,9 +128,8 @@ def replies(engine: Engine, requests: Sequence[Request], sampling: Sampling, tog
         engine.prepare(made[-1:])
         engine.submit(made[-1:])
         if not together:
-            assert ended.wait(60)
-    while engine.slots_in_use or any(len(reply.tokens) < reply.max_tokens for reply in made):
-        time.sleep(0.01)
+            assert ended.wait(30)
+    wait_until(lambda: all(ended.is_set() for ended in all_ended))
     return [reply.tokens for reply in made]
 
 
@@ -169,9 +180,9 @@ def continuous(model: Any, requests: Sequence[Request], count: int) -> Figures:
             manager.add_request(prompt, max_new_tokens=tokens, eos_token_id=-1)
         counted = 0
         for _ in some:
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=20)
             if result is None:
-                raise RuntimeError("a reply did not come within 60 s")
+                raise RuntimeError("a reply did not come within 20 s")
             counted += len(result.generated_tokens)
         found = {"tokens_per_s": counted / (time.monotonic() - begun_s)}
     manager.stop(block=True, timeout=20)
@@ -265,17 +276,48 @@ def engines(shape: str, device: str, scratch: Path, only: Sequence[str]) -> Iter
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
         return models.load(scratch, quantization_config=config, device_map={"": 0}, dtype=torch.bfloat16)[0]
 
-    kinds: dict[str, Callable[[], Engine]] = {
-        "bfloat16, recorded": lambda: made(plain_model(shape, device)),
-        "bfloat16, not recorded": lambda: without_graphs(plain_model(shape, device)),
-    }
+    kinds: dict[str, Callable[[], Engine]] = {"bfloat16, recorded": lambda: made(plain_model(shape, device))}
+    if device == "cuda":
+        models.save(plain_model(shape, device), tokenizer, scratch)
+        kinds["int8, recorded"] = lambda: made(int8(0.0))
+    kinds["bfloat16, not recorded"] = lambda: without_graphs(plain_model(shape, device))
     if device == "cuda":
         kinds["int8, outliers apart, not recorded"] = lambda: made(int8(6.0))
-        kinds["int8, recorded"] = lambda: made(int8(0.0))
-        models.save(plain_model(shape, device), tokenizer, scratch)
     for name, make in kinds.items():
         if not only or any(name.startswith(one) for one in only):
             yield name, make
+
+
+def report(file: Path) -> None:
+    """The dated table of what was measured where the GPU is."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    lines = [
+        "# Serving on a GPU", "",
+        f"{measured.today()}, commit {found.get('commit', measured.commit())}, one {found['gpu']} (copies "
+        f"{found['copy_tb_per_s']:.2f} TB/s), torch {found['torch']}, `python -m benchmarks.serving_gpu`", "",
+        (__doc__ or "").split("\n\n")[2].replace("\n", " "), "",
+        "| engine | users | output tokens/s | requests/s | TTFT ms, p50 / p99 | TPOT ms |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    others = []
+    for name, value in found.items():
+        what, _, users = name.partition(": ")
+        if isinstance(value, dict):
+            value = [value] if "tokens_per_s" in value else value
+        if not isinstance(value, list) or not isinstance(value[0], dict):
+            others.append(f"- {name}: {json.dumps(value)}")
+            continue
+        rates = [one["tokens_per_s"] for one in value]
+        cells = [what, users.removesuffix(" users") or "all at once"]
+        cells.append(f"{median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})")
+        if "ttft_ms" in value[0]:
+            middle = {key: median(one[key] for one in value) for key in value[0]}
+            cells += [f"{middle['requests_per_s']:,.1f}", f"{middle['ttft_ms']:.1f} / {middle['ttft_p99_ms']:.1f}"]
+            cells += [f"{middle['tpot_ms']:.1f}"]
+        lines.append(f"| {' | '.join([*cells, *['-'] * (6 - len(cells))])} |")
+    text = "\n".join([*lines, "", *others]) + "\n"
+    print(text)
+    gpu = found["gpu"].split()[-1].lower()
+    (measured.RESULTS / f"{measured.today()}_{gpu}_serving.md").write_text(text)
 
 
 def main() -> None:
@@ -288,14 +330,22 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--report", type=Path, help="the serving_gpu.json of a run: write its table")
     given = parser.parse_args()
+    if given.report:
+        report(given.report)
+        return
     if given.prepare:
         prepare()
         return
     given.out.mkdir(parents=True, exist_ok=True)
     requests = [tuple(one) for one in json.loads((FOLDER / "requests.json").read_text())]
     random.Random(0).shuffle(requests)
-    found: dict[str, Any] = {"torch": torch.__version__, "users": given.users or [1, 4, 16, 64]}
+    found: dict[str, Any] = {
+        "commit": measured.commit(),
+        "torch": torch.__version__,
+        "users": given.users or [1, 4, 16, 64],
+    }
     on_gpu = given.device == "cuda"
     if on_gpu:
         found |= {"gpu": torch.cuda.get_device_name(), "copy_tb_per_s": copy_tb_per_s()}
@@ -305,7 +355,7 @@ def main() -> None:
         print(name, json.dumps(value), flush=True)
         (given.out / "serving_gpu.json").write_text(json.dumps(found, indent=1))
 
-    scratch = Path("/tmp/rayloop-bench-1b")  # noqa: S108 - a random model
+    scratch = Path("/tmp/rayloop-bench-1b")
     for name, make in engines(given.shape, given.device, scratch, given.only):
         try:
             begun_s = time.monotonic()
@@ -349,10 +399,10 @@ def main() -> None:
         for users in found["users"]:
             keep(
                 f"generate, static: {users} users",
-                [static(model, requests, users, 2) for _ in range(given.repetitions)],
+                [static(model, requests, users, 1) for _ in range(given.repetitions)],
             )
         try:
-            keep("transformers, continuous batching", [continuous(model, requests, 512)])
+            keep("transformers, continuous batching", [continuous(model, requests, 256)])
         except Exception as error:
             keep("transformers, continuous batching: failed", f"{type(error).__name__}: {error}")
 

@@ -1,7 +1,7 @@
 """Continuous batching: many replies written at once by one model, each joining and leaving at its own time.
 
-Every step adds one token to each running reply; the prompts of new requests are read between two steps, see
-passes.py. The keys and values of reply i are row i of one cache, see slot_cache.py. Any causal language model that attends
+Every step adds one token to each running reply; new requests' prompts are read between two steps, see passes.py.
+The keys and values of reply i are row i of one cache, see slot_cache.py. Any causal language model that attends
 to cached keys and values through `transformers.Cache` works; one that does not is found out and refused when it
 is loaded.
 
@@ -23,7 +23,7 @@ from app.errors import ModelError
 from app.serving.engines import EngineFull
 from app.serving.fixed_passes import FixedPasses
 from app.serving.grammar import Grammars
-from app.serving.passes import FittingPasses, Passes
+from app.serving.passes import FittingPasses, Passes, Piece
 from app.serving.prefix_cache import BLOCK_TOKENS, PrefixCache, block_keys
 from app.serving.reply import Reply, give_draws
 from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
@@ -216,25 +216,29 @@ class Engine:
     def _read(self, first: int) -> torch.Tensor:
         """Bring the prompts of the slots from `first` on into them, as far as it goes from what earlier ones left;
         returns their logits_BV."""
-        replies = dict(enumerate(self._running[first:], first))
-        keys = {slot: block_keys(reply.scope, reply.prompt) for slot, reply in replies.items()}
-        for number in range(max(map(len, keys.values()))):
-            begin = number * BLOCK_TOKENS
-            new = []
-            for slot in (slot for slot in keys if number < len(keys[slot])):
-                block = self._prefixes.get(keys[slot][number])
+        pieces: list[tuple[Piece, bytes | None]] = []
+        """With the keys of those that are kept."""
+        for slot, reply in enumerate(self._running[first:], first):
+            begin = 0
+            for known_by in block_keys(reply.scope, reply.prompt):
+                block = self._prefixes.get(known_by)
                 if block is None:
-                    new.append(slot)
+                    pieces.append((Piece(slot, begin, reply.prompt[begin : begin + BLOCK_TOKENS]), known_by))
                 else:
                     self._passes.cache.put_block(slot, begin, block)
-                    replies[slot].cached_tokens += BLOCK_TOKENS
-            if new:
-                ids = [replies[slot].prompt[begin : begin + BLOCK_TOKENS] for slot in new]
-                for slot, block in zip(new, self._passes.read_blocks(new, begin, ids), strict=True):
-                    self._prefixes.put(keys[slot][number], block)
-        begins = [len(keys[slot]) * BLOCK_TOKENS for slot in keys]
-        rest = [reply.prompt[begin:] for reply, begin in zip(replies.values(), begins, strict=True)]
-        return self._passes.read_ends(list(replies), begins, rest)
+                    reply.cached_tokens += BLOCK_TOKENS
+                begin += BLOCK_TOKENS
+            pieces.append((Piece(slot, begin, reply.prompt[begin:]), None))
+        ends = []
+        for begin in range(0, len(pieces), self._passes.pieces):
+            some = pieces[begin : begin + self._passes.pieces]
+            logits_BV = self._passes.read([piece for piece, _ in some])
+            for number, (_, key) in enumerate(some):
+                if key is None:
+                    ends.append(logits_BV[number].clone())
+                else:
+                    self._prefixes.put(key, self._passes.block(number))
+        return torch.stack(ends)
 
     def _step(self) -> torch.Tensor:
         """One more position for every running reply; returns its logits_BV."""
@@ -277,7 +281,7 @@ class Engine:
         try:
             self._passes = self._make_passes(self._model, self._slots, self.context_tokens)
             for slot, ids in enumerate(prompts):
-                self._passes.read_ends([slot], [0], [ids[:-1]])
+                self._passes.read([Piece(slot, 0, ids[:-1])])
             found_BV = self._passes.step([ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise ModelError(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from app.serving.passes import Piece
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.slot_cache import SlotCache, View, rounded_up
 
-PROMPTS = 8
+PIECES = 8
 """Rows of a pass that reads prompts."""
 WARM_UPS = 2
 """Runs before a pass is recorded: libraries choose their kernels and allocate."""
@@ -27,7 +28,7 @@ class FixedPasses:
         model: Changed: its attention.
     """
 
-    prompts, prompt_tokens = PROMPTS, 4 * PROMPTS * BLOCK_TOKENS
+    pieces, prompts, prompt_tokens = PIECES, PIECES, 4 * PIECES * BLOCK_TOKENS
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
         self.cache = SlotCache(model, slots + 1, context_tokens)
@@ -35,17 +36,23 @@ class FixedPasses:
         lengths = _lengths(rounded_up(context_tokens))
         # The longest first: the others then fit into the memory that it has taken.
         record = _recorder(model)
-        self._reads = {length: _Pass(model, self.cache, PROMPTS, BLOCK_TOKENS, length, record) for length in lengths}
+        self._reads = {length: _Pass(model, self.cache, PIECES, BLOCK_TOKENS, length, record) for length in lengths}
         self._steps = {length: _Pass(model, self.cache, slots, 1, length, record) for length in lengths}
 
-    def read_blocks(self, slots: Sequence[int], begin: int, ids: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
-        """As the protocol has it."""
-        made = self._read(slots, [begin] * len(slots), ids)
-        return [made.states[:, :, row].clone() for row in range(len(slots))]
+    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """As the protocol has it. A prompt's pieces may share a pass: each layer writes all of them, and then each
+        attends to those before it."""
+        padding = [Piece(self._spare, 0, [0])] * (PIECES - len(pieces))
+        fitting = _fitting(self._reads, max(piece.begin for piece in pieces) + BLOCK_TOKENS)
+        slots, begins, ids = zip(*pieces, *padding, strict=True)
+        padded = [[*some, *[0] * (BLOCK_TOKENS - len(some))] for some in ids]
+        fitting(padded, begins, slots, [len(some) - 1 for some in ids])
+        self._written = fitting.states
+        return fitting.logits[: len(pieces)]
 
-    def read_ends(self, slots: Sequence[int], begins: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def block(self, number: int) -> torch.Tensor:
         """As the protocol has it."""
-        return self._read(slots, begins, ids).logits[: len(slots)]
+        return self._written[:, :, number].clone()
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """As the protocol has it."""
@@ -54,14 +61,6 @@ class FixedPasses:
         fitting = _fitting(self._steps, max(positions) + 1)
         fitting([[token] for token in tokens] + [[0]] * padding, [*positions, *[0] * padding], rows)
         return fitting.logits[: len(tokens)]
-
-    def _read(self, slots: Sequence[int], begins: Sequence[int], ids: Sequence[Sequence[int]]) -> "_Pass":
-        padding = PROMPTS - len(slots)
-        fitting = _fitting(self._reads, max(begins) + BLOCK_TOKENS)
-        padded = [[*some, *[0] * (BLOCK_TOKENS - len(some))] for some in ids] + [[0] * BLOCK_TOKENS] * padding
-        last = [len(some) - 1 for some in ids] + [0] * padding
-        fitting(padded, [*begins, *[0] * padding], [*slots, *[self._spare] * padding], last)
-        return fitting
 
 
 class _FixedView(View):

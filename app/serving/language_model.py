@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.errors import ModelError
 from app.serving.autoscaling import LATENCY, LOOK_BACK_S
@@ -179,7 +179,7 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
     from app import model as models
     from app.serving.prompts import Prompts
 
-    limits = {
+    limits: dict[str, Any] = {
         "slots": config.max_batch_slots,
         "context_tokens": config.context_tokens,
         "max_waiting": _max_waiting(config, variant),
@@ -193,11 +193,30 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
         else:
             from app.serving.engine import Engine as TransformersEngine
 
+            device = _device(config, variant)
             with ThreadPoolExecutor(1) as loader:  # a thread that ends: see the engine
-                model, tokenizer = loader.submit(models.load, folder).result()
+                model, tokenizer = loader.submit(models.load, folder, device_map={"": device}).result()
             vocabulary = model.config.get_text_config().vocab_size
-            engine = TransformersEngine(model, tokenizer, **limits, prefix_cache_bytes=config.prefix_cache_bytes)
+            engine = TransformersEngine(model, tokenizer, prefix_cache_bytes=config.prefix_cache_bytes, **limits)
     return engine, Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
+
+
+def _device(config: ServingConfig, variant: VariantConfig) -> str:
+    """Where transformers runs the variant: the GPU that Ray gave this replica, or a CPU.
+
+    Raises:
+        ModelError: It reserves a GPU that torch does not see.
+    """
+    if not config.size(variant).gpus:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"variant {variant.name} reserves a GPU, and torch sees none where its replica starts",
+            "install torch for the node's CUDA, or set language_model.gpus=0",
+        )
+    return "cuda:0"
 
 
 def _vllm_engine(variant: VariantConfig) -> "type[VllmEngine]":

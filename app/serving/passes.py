@@ -6,7 +6,7 @@ Axes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -16,20 +16,31 @@ from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.slot_cache import SlotCache, View
 
 
+class Piece(NamedTuple):
+    """Of a prompt, BLOCK_TOKENS at most."""
+
+    slot: int
+    begin: int
+    """Where in the prompt; a multiple of BLOCK_TOKENS."""
+    ids: Sequence[int]
+
+
 class Passes(Protocol):
     """What the engine asks of a model. The numbers of a row depend on nothing but its own tokens."""
 
     cache: SlotCache
+    pieces: int
+    """Read together at most."""
     prompts: int
-    """Prompts that are read together at most."""
+    """Begun together at most."""
     prompt_tokens: int
     """Of prompts, read between two steps at most, beyond the first prompt: running replies do not stall."""
 
-    def read_blocks(self, slots: Sequence[int], begin: int, ids: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
-        """Read BLOCK_TOKENS of each prompt into its slot; returns their keys and values, as `SlotCache.block`."""
+    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Read them into their slots, those of a slot in their order; returns logits_BV after each."""
 
-    def read_ends(self, slots: Sequence[int], begins: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read the last tokens of each prompt, BLOCK_TOKENS at most; returns logits_BV after them."""
+    def block(self, number: int) -> torch.Tensor:
+        """Keys and values of a whole piece of the last read, as `SlotCache.block` gives them; a copy."""
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """One more token in each of the first slots; returns logits_BV."""
@@ -42,23 +53,22 @@ class FittingPasses:
         model: Changed: attention, and how weights are laid out.
     """
 
-    prompts, prompt_tokens = 1, 512
+    pieces, prompts, prompt_tokens = 1, 1, 512
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
         pack(model)
         self._model: Any = model
         self.cache = SlotCache(model, slots, context_tokens)
 
-    def read_blocks(self, slots: Sequence[int], begin: int, ids: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """As the protocol has it."""
-        (slot,) = slots
-        self._forward(ids, self.cache.prompt_view(slot, begin, BLOCK_TOKENS))
-        return [self.cache.block(slot, begin, BLOCK_TOKENS)]
+        (piece,) = pieces
+        self._read = piece
+        return self._forward([piece.ids], self.cache.prompt_view(piece.slot, piece.begin, len(piece.ids)))
 
-    def read_ends(self, slots: Sequence[int], begins: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def block(self, number: int) -> torch.Tensor:
         """As the protocol has it."""
-        (slot,), (begin,) = slots, begins
-        return self._forward(ids, self.cache.prompt_view(slot, begin, len(ids[0])))
+        return self.cache.block(self._read.slot, self._read.begin, BLOCK_TOKENS)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """As the protocol has it."""

@@ -63,7 +63,8 @@ class VariantConfig(Section):
     weight: NotNegative = 1.0
     """Share of conversations, relative to the other variants; 0: only those that ask for it by its own name."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the model: transformers, on CPUs, also int8; or vLLM (extra `vllm`), for GPUs, see `serving.vllm`."""
+    """What runs the model: transformers, on CPUs or one GPU, also int8; or vLLM (extra `vllm`), for GPUs, see
+    `serving.vllm`."""
     fallback: str | None = None
     """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
     one while a large one starts. None: questions wait."""
@@ -186,7 +187,8 @@ class ServingConfig(Section):
     """load: a question goes to the less busy of two replicas of its model. prefix: a conversation stays with the
     replica that has read its beginning, unless that is full."""
     prefix_cache_bytes: Natural = 128_000_000
-    """Of a replica's memory, for what it has read of prompts' beginnings; the same beginning is not read again."""
+    """Of a replica's memory, or its GPU's, for what it has read of prompts' beginnings; the same beginning is not read
+    again."""
     context_tokens: Annotated[int, Field(ge=32)] = 512
     """Prompt and reply together; a longer prompt is refused."""
     default_max_tokens: Count = 96
@@ -235,10 +237,10 @@ class ServingConfig(Section):
             if size.target_latency_s is not None:
                 raise ValueError(f"{name}.target_latency_s has no effect: only language models tell how long they wait")
         for variant in self.variants:
-            if variant.engine == "transformers" and self.size(variant).gpus:
+            if variant.engine == "transformers" and self.size(variant).gpus > 1:
                 raise ValueError(
                     f"variant {variant.name} reserves {self.size(variant).gpus:g} GPUs, and engine transformers runs "
-                    "on CPUs: set engine: vllm, or gpus: 0"
+                    "on one: set gpus: 1, or engine: vllm"
                 )
         shared = self.vllm.tensor_parallel_size
         for variant in self.variants:

@@ -257,11 +257,11 @@ class Fixed:
 @pytest.mark.parametrize(
     ("top_p", "drawn", "token"),
     [
-        (1.0, 0.0, 2),
-        (1.0, 0.49, 2),
-        (1.0, 0.51, 0),
-        (1.0, 0.81, 1),
-        (1.0, 0.999999, 1),
+        (1.0, 0.0, 0),
+        (1.0, 0.29, 0),
+        (1.0, 0.31, 1),
+        (1.0, 0.51, 2),
+        (1.0, 1 - 1e-12, 2),
         (0.45, 0.9999, 2),
         (0.75, 0.9999, 0),
     ],
@@ -273,6 +273,14 @@ def test_a_number_picks_the_token_in_whose_share_of_the_kept_probability_it_fall
     tokens, probabilities = choose(logits, [Draw(Sampling(None, 1.0, top_p, None, ()), generator=Fixed(drawn))])
     assert tokens == [token]
     assert probabilities == pytest.approx([[0.3, 0.2, 0.5][token]])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.999_999])
+def test_no_number_picks_a_token_that_cannot_be(top_p: float) -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    for drawn in (0.0, 0.5, 1 - 2**-53):
+        tokens, _ = choose(logits, [Draw(Sampling(None, 1.0, top_p, None, ()), generator=Fixed(drawn))])
+        assert tokens in ([1], [3])
 
 
 def test_sampled_tokens_follow_the_temperature() -> None:

@@ -37,7 +37,7 @@ def test_vllm_where_it_is_not_installed_says_what_to_install(tmp_path: Path) -> 
         LanguageModel(ServingConfig(variants=(variant,)), variant)
 
 
-@pytest.mark.parametrize(("engine", "shared", "gpus"), [("vllm", 1, 1), ("transformers", 4, 0)])
+@pytest.mark.parametrize(("engine", "shared", "gpus"), [("vllm", 1, 1), ("transformers", 4, 0), ("transformers", 4, 1)])
 def test_a_model_on_one_gpu_has_it_in_the_replica(engine: str, shared: int, gpus: float) -> None:
     deployment = language_model(config(engine, gpus, shared))
     assert deployment.ray_actor_options == {"num_cpus": 0.5, **({"num_gpus": gpus} if gpus else {})}
@@ -60,8 +60,15 @@ def test_without_gpus_vllm_shares_the_model_among_processes_of_the_replica() -> 
 def test_gpus_that_do_not_fit_the_share_are_a_configuration_error() -> None:
     with pytest.raises(ValidationError, match=r"size=4 GPUs share variant champion"):
         config("vllm", 1, 4)
-    with pytest.raises(ValidationError, match=r"engine transformers runs on CPUs"):
-        config("transformers", 1, 1)
+    with pytest.raises(ValidationError, match=r"reserves 2 GPUs, and engine transformers runs on one"):
+        config("transformers", 2, 1)
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(tmp_path: Path) -> None:
+    wanted = config("transformers", 1)
+    variant = wanted.variants[0].model_copy(update={"uri": str(tmp_path)})
+    with pytest.raises(ModelError, match=r"variant champion reserves a GPU, and torch sees none.*CUDA"):
+        LanguageModel(wanted, variant)
 
 
 def test_settings_that_vllm_does_not_know_are_refused() -> None:
