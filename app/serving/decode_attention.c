@@ -1,11 +1,13 @@
-// Attention of one new token a row over the keys and values that its row has cached; and the storing of new ones.
+// Attention of new tokens, each over the keys and values that its row of the cache has.
 //
-// Rows differ in length and nothing is padded: what a row gets depends on its own numbers alone, in one order of
-// sums, whatever else is in the batch. Axes: b rows, h heads, g key-value heads, l positions, d size of a head.
+// They differ in length and nothing is padded: what a token gets depends on its own numbers alone, in one order of
+// sums, whatever else is in the batch. Axes: b tokens, r rows, h heads, g key-value heads, l positions, d size of a
+// head.
 // Built by decode_attention.py.
 
 #include <float.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -30,19 +32,19 @@ static inline bfloat16 narrowed_bfloat16(float number) { // to the nearest, ties
 
 #define MAX_SIZE 512
 
-// keys, values: (b, g, l, d) with strides in elements of b and g; query, output: (b, h, d) without gaps.
-// scratch: `longest` numbers for each of `b * h`.
+// keys, values: (r, g, l, d) with strides in elements of r and g; query, output: (b, h, d) without gaps.
+// cached: of each token its row; lengths: how many positions of it. scratch: `longest` numbers a thread.
 #define ATTEND(NUMBER)                                                                                              \
     void attend_##NUMBER(NUMBER *output, const NUMBER *query, const NUMBER *keys, const NUMBER *values,             \
-                         const int64_t *lengths, int64_t rows, int64_t heads, int64_t groups, int64_t size,         \
+                         const int64_t *cached, const int64_t *lengths, int64_t tokens, int64_t heads, int64_t groups, int64_t size,         \
                          int64_t row_stride, int64_t head_stride, float scale, float *scratch, int64_t longest,     \
                          int threads) {                                                                             \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < rows * heads;     \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < tokens * heads;     \
                                                                                i++) {                               \
-            int64_t row = i % rows, head = i / rows, length = lengths[row];                                         \
-            int64_t begin = row * row_stride + head / (heads / groups) * head_stride;                               \
-            const NUMBER *key = keys + begin, *value = values + begin, *asked = query + (row * heads + head) * size; \
-            float *weights = scratch + i * longest, wide[MAX_SIZE], sums[MAX_SIZE];                                 \
+            int64_t token = i / heads, head = i % heads, length = lengths[token];                                         \
+            int64_t begin = cached[token] * row_stride + head / (heads / groups) * head_stride;                               \
+            const NUMBER *key = keys + begin, *value = values + begin, *asked = query + (token * heads + head) * size; \
+            float *weights = scratch + omp_get_thread_num() * longest, wide[MAX_SIZE], sums[MAX_SIZE];                                 \
             float largest = -FLT_MAX, total = 0;                                                                    \
             for (int64_t d = 0; d < size; d++) {                                                                    \
                 wide[d] = widened_##NUMBER(asked[d]) * scale;                                                       \
@@ -63,7 +65,7 @@ static inline bfloat16 narrowed_bfloat16(float number) { // to the nearest, ties
                 _Pragma("omp simd") for (int64_t d = 0; d < size; d++) sums[d] +=                                   \
                     weights[l] * widened_##NUMBER(value[l * size + d]);                                             \
             }                                                                                                       \
-            NUMBER *found = output + (row * heads + head) * size;                                                   \
+            NUMBER *found = output + (token * heads + head) * size;                                                   \
             for (int64_t d = 0; d < size; d++) found[d] = narrowed_##NUMBER(sums[d] / total);                       \
         }                                                                                                           \
     }

@@ -1,6 +1,6 @@
 """Continuous batching: many replies written at once by one model, each joining and leaving at its own time.
 
-Every step adds one token to each running reply; new requests' prompts are read between two steps, see passes.py.
+Every pass adds one token to each reply that is being written and reads more of the prompts of others, see passes.py.
 The keys and values of reply i are row i of one cache, see slot_cache.py. Any causal language model that attends
 to cached keys and values through `transformers.Cache` works; one that does not is found out and refused when it
 is loaded.
@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from app.errors import ModelError
 from app.serving.engines import EngineFull
 from app.serving.fixed_passes import FixedPasses
+from app.serving.flat_passes import FlatPasses
 from app.serving.grammar import Grammars
 from app.serving.passes import FittingPasses, Passes, Piece
 from app.serving.prefix_cache import BLOCK_TOKENS, PrefixCache, block_keys
@@ -30,6 +32,8 @@ from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
 from app.serving.schema import Refused
 
 logger = logging.getLogger(__name__)
+Planned = tuple[Piece, bytes | None]
+"""Of the coming pass, and what it is known by where it is a block."""
 
 
 class Engine:
@@ -44,7 +48,7 @@ class Engine:
         context_tokens: Prompt and reply together.
         max_waiting: Replies that may wait for a slot.
         prefix_cache_bytes: Of keys and values that are kept of prompts' beginnings, where the model is.
-        passes: None: FittingPasses on a CPU, FixedPasses on a GPU.
+        passes: None: those that the model takes.
 
     Raises:
         ModelError: The model does not attend to cached keys and values the way this engine keeps them.
@@ -61,7 +65,7 @@ class Engine:
         passes: Callable[[PreTrainedModel, int, int], Passes] | None = None,
     ) -> None:
         _check_attention(model, context_tokens)
-        self._make_passes = passes or (FittingPasses if model.device.type == "cpu" else FixedPasses)
+        self._make_passes = passes or _passes(model)
         self._passes: Passes
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
@@ -70,7 +74,8 @@ class Engine:
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
         self._prefixes = PrefixCache(prefix_cache_bytes)
-        self._running: list[Reply] = []
+        self._running: list[_Running] = []
+        """By slot."""
         self._waiting: deque[Reply] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         """To be done in the engine's thread between two passes."""
@@ -178,13 +183,13 @@ class Engine:
                 self._do_task()
                 self._admit()
                 if self._running:
-                    self._advance(self._step())
+                    self._pass()
         except Exception as error:
             # The replica's health check reports it and Serve starts another replica.
             logger.exception("the engine ended")
             with self._wake:
                 self.failure = error
-            for reply in [*self._running, *self._waiting]:
+            for reply in [*(one.reply for one in self._running), *self._waiting]:
                 reply.fail(Refused(500, "the language model failed; try again", "server_error"))
             self._drop_tasks()
 
@@ -192,68 +197,79 @@ class Engine:
         with self._wake:
             self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
         for slot in reversed(range(len(self._running))):
-            if self._running[slot].cancelled:
+            if self._running[slot].reply.cancelled:
                 self._free(slot)
 
     def _admit(self) -> None:
-        """Read the prompts of waiting requests into free slots; sleep while there is nothing to do."""
-        read_tokens = 0
-        while True:
-            with self._wake:
-                while not (self._running or self._waiting or self._tasks or self._stopping):
-                    self._wake.wait()
-                    self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
-                first = len(self._running)
-                while self._waiting and len(self._running) < min(self._slots, first + self._passes.prompts):
-                    read_tokens += len(self._waiting[0].prompt)
-                    if self._stopping or (self._running and read_tokens > self._passes.prompt_tokens):
-                        break
-                    self._running.append(self._waiting.popleft())
-            if len(self._running) == first:
-                return
-            self._advance(self._read(first), first=first)
+        """Give free slots to waiting replies; sleep while there is nothing to do."""
+        with self._wake:
+            while not (self._running or self._waiting or self._tasks or self._stopping):
+                self._wake.wait()
+                self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
+            while self._waiting and len(self._running) < self._slots:
+                self._running.append(_Running(self._waiting.popleft()))
 
-    def _read(self, first: int) -> torch.Tensor:
-        """Bring the prompts of the slots from `first` on into them, as far as it goes from what earlier ones left;
-        returns their logits_BV."""
-        pieces: list[tuple[Piece, bytes | None]] = []
-        """With the keys of those that are kept."""
-        for slot, reply in enumerate(self._running[first:], first):
-            begin = 0
-            for known_by in block_keys(reply.scope, reply.prompt):
-                block = self._prefixes.get(known_by)
-                if block is None:
-                    pieces.append((Piece(slot, begin, reply.prompt[begin : begin + BLOCK_TOKENS]), known_by))
-                else:
-                    self._passes.cache.put_block(slot, begin, block)
-                    reply.cached_tokens += BLOCK_TOKENS
-                begin += BLOCK_TOKENS
-            pieces.append((Piece(slot, begin, reply.prompt[begin:]), None))
+    def _pass(self) -> None:
+        """One more token for each reply that is being written, and more of the prompts of those that are not yet."""
+        planned: list[Planned] = [one.newest(slot) for slot, one in enumerate(self._running) if one.is_read]
+        steps = len(planned)
+        known: set[bytes] = set()
+        for slot, one in enumerate(self._running):
+            if not one.is_read:
+                planned += self._prompt_pieces(slot, one, known, self._left(planned[steps:]))
+        logits_BV = self._passes.run([piece for piece, _ in planned])
         ends = []
-        for begin in range(0, len(pieces), self._passes.pieces):
-            some = pieces[begin : begin + self._passes.pieces]
-            logits_BV = self._passes.read([piece for piece, _ in some])
-            for number, (_, key) in enumerate(some):
-                if key is None:
-                    ends.append(logits_BV[number].clone())
-                else:
-                    self._prefixes.put(key, self._passes.block(number))
-        return torch.stack(ends)
+        for number, (piece, known_by) in enumerate(planned):
+            if known_by is not None:
+                self._prefixes.put(known_by, self._passes.cache.block(piece.slot, piece.begin, BLOCK_TOKENS))
+            elif number < steps or self._running[piece.slot].is_read:
+                ends.append((piece.slot, number))
+        if ends:
+            # By slot: whoever is drawn for first, last or in the middle draws from a generator of its own.
+            slots, numbers = zip(*sorted(ends), strict=True)
+            self._advance(slots, logits_BV[list(numbers)])
 
-    def _step(self) -> torch.Tensor:
-        """One more position for every running reply; returns its logits_BV."""
-        last = [reply.tokens[-1] for reply in self._running]
-        return self._passes.step(last, [reply.length - 1 for reply in self._running])
+    def _left(self, planned: Sequence[Planned]) -> int:
+        """Prompt tokens that the coming pass may still read; at least the first piece is."""
+        read = sum(len(piece.ids) for piece, _ in planned)
+        return self._passes.prompt_tokens - read if planned else self._passes.prompt_tokens + BLOCK_TOKENS
 
-    def _advance(self, logits_BV: torch.Tensor, first: int = 0) -> None:
-        """Choose the next token of the replies from slot `first` on; finished ones leave."""
-        replies = self._running[first:]
+    def _prompt_pieces(self, slot: int, one: "_Running", known: set[bytes], tokens: int) -> list[Planned]:
+        """What is read of a prompt in the coming pass, with what blocks are known by; what was read earlier is copied.
+
+        Args:
+            known: Blocks that the coming pass reads. Another prompt that wants one waits for it.
+            tokens: That may be read at most.
+        """
+        pieces: list[Planned] = []
+        prompt = one.reply.prompt
+        while not one.is_read:
+            number = one.read_tokens // BLOCK_TOKENS
+            known_by = one.keys[number] if number < len(one.keys) else None
+            block = self._prefixes.get(known_by) if known_by else None
+            if block is not None:
+                self._passes.cache.put_block(slot, one.read_tokens, block)
+                one.reply.cached_tokens += BLOCK_TOKENS
+                one.read_tokens += BLOCK_TOKENS
+                continue
+            ids = prompt[one.read_tokens : one.read_tokens + BLOCK_TOKENS]
+            tokens -= len(ids)
+            if tokens < 0 or (known_by and known_by in known):
+                break
+            pieces.append((Piece(slot, one.read_tokens, ids), known_by))
+            one.read_tokens += len(ids)
+        known.update(known_by for _, known_by in pieces if known_by)
+        return pieces
+
+    def _advance(self, slots: Sequence[int], logits_BV: torch.Tensor) -> None:
+        """Choose the next token of the replies in these slots, which ascend; finished ones leave."""
+        replies = [self._running[slot].reply for slot in slots]
         draws = [reply.draw for reply in replies if reply.draw]
         assert len(draws) == len(replies), "prepare comes before submit"
         tokens, probabilities = choose(logits_BV, draws)
         for row in reversed(range(len(replies))):
             if self._add(replies[row], draws[row], tokens[row], probabilities[row], logits_BV[row]):
-                self._free(first + row)
+                self._free(slots[row])
 
     def _add(self, reply: Reply, draw: Draw, token: int, probability: float, logits_V: torch.Tensor) -> bool:
         """Whether the reply is complete, or cannot go on."""
@@ -268,7 +284,7 @@ class Engine:
         """Take a reply out; the last one moves into its row, so that the rows in use stay the first ones."""
         moved = self._running.pop()
         if slot < len(self._running):
-            self._passes.cache.move(len(self._running), slot, moved.length)
+            self._passes.cache.move(len(self._running), slot, moved.reply.length)
             self._running[slot] = moved
 
     def _check(self) -> None:
@@ -281,8 +297,9 @@ class Engine:
         try:
             self._passes = self._make_passes(self._model, self._slots, self.context_tokens)
             for slot, ids in enumerate(prompts):
-                self._passes.read([Piece(slot, 0, ids[:-1])])
-            found_BV = self._passes.step([ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts])
+                self._passes.run([Piece(slot, 0, ids[:-1])])
+            last = [Piece(slot, len(ids) - 1, ids[-1:]) for slot, ids in enumerate(prompts)]
+            found_BV = self._passes.run(last)
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise ModelError(
                 f"{type(self._model).__name__} cannot be served ({type(error).__name__}: {error})",
@@ -296,6 +313,32 @@ class Engine:
                 f"{difference:.2f} standard deviations)",
                 "use a causal language model with an ordinary key-value cache",
             )
+
+
+@dataclass
+class _Running:
+    """A reply in a slot."""
+
+    reply: Reply
+    read_tokens: int = 0
+    """Of its prompt, that are in the cache."""
+
+    def __post_init__(self) -> None:
+        self.keys = block_keys(self.reply.scope, self.reply.prompt)
+
+    @property
+    def is_read(self) -> bool:
+        return self.read_tokens == len(self.reply.prompt)
+
+    def newest(self, slot: int) -> Planned:
+        """Its last token, which is not in the cache yet."""
+        return Piece(slot, self.reply.length - 1, self.reply.tokens[-1:]), None
+
+
+def _passes(model: PreTrainedModel) -> Callable[[PreTrainedModel, int, int], Passes]:
+    if model.device.type == "cuda":
+        return FixedPasses
+    return FlatPasses if FlatPasses.takes(model) else FittingPasses
 
 
 def _check_attention(model: PreTrainedModel, context_tokens: int) -> None:

@@ -28,63 +28,58 @@ class FixedPasses:
         model: Changed: its attention.
     """
 
-    pieces, prompts, prompt_tokens = PIECES, PIECES, 4 * PIECES * BLOCK_TOKENS
+    prompt_tokens = 4 * PIECES * BLOCK_TOKENS
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
         self.cache = SlotCache(model, slots + 1, context_tokens)
         self._spare = slots
         lengths = _lengths(rounded_up(context_tokens))
-        # The longest first: the others then fit into the memory that it has taken.
         record = _recorder(model)
         self._reads = {length: _Pass(model, self.cache, PIECES, BLOCK_TOKENS, length, record) for length in lengths}
         self._steps = {length: _Pass(model, self.cache, slots, 1, length, record) for length in lengths}
 
-    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """As the protocol has it. A prompt's pieces may share a pass: each layer writes all of them, and then each
         attends to those before it."""
+        reads = [number for number, piece in enumerate(pieces) if len(piece.ids) > 1]
+        steps = [number for number, piece in enumerate(pieces) if len(piece.ids) == 1]
+        groups = [reads[begin : begin + PIECES] for begin in range(0, len(reads), PIECES)]
+        found = [self._read([pieces[number] for number in group]) for group in groups]
+        if steps:
+            found.append(self._step([pieces[number] for number in steps]))
+        logits_BV = torch.cat(found)
+        if reads and steps:
+            order = torch.tensor([*reads, *steps], device=logits_BV.device)
+            logits_BV = torch.empty_like(logits_BV).index_copy_(0, order, logits_BV)
+        return logits_BV
+
+    def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         padding = [Piece(self._spare, 0, [0])] * (PIECES - len(pieces))
         fitting = _fitting(self._reads, max(piece.begin for piece in pieces) + BLOCK_TOKENS)
         slots, begins, ids = zip(*pieces, *padding, strict=True)
         padded = [[*some, *[0] * (BLOCK_TOKENS - len(some))] for some in ids]
-        fitting(padded, begins, slots, [len(some) - 1 for some in ids])
-        self._written = fitting.states
-        return fitting.logits[: len(pieces)]
+        return fitting(padded, begins, slots, [len(some) - 1 for some in ids])[: len(pieces)].clone()
 
-    def block(self, number: int) -> torch.Tensor:
-        """As the protocol has it."""
-        return self._written[:, :, number].clone()
-
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """As the protocol has it."""
-        rows = range(self._spare)
-        padding = self._spare - len(tokens)
-        fitting = _fitting(self._steps, max(positions) + 1)
-        fitting([[token] for token in tokens] + [[0]] * padding, [*positions, *[0] * padding], rows)
-        return fitting.logits[: len(tokens)]
+    def _step(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Each slot has its row; what is padded is written to the spare one."""
+        given = {piece.slot: piece for piece in pieces}
+        rows = [given.get(slot, Piece(self._spare, 0, [0])) for slot in range(self._spare)]
+        slots, begins, ids = zip(*rows, strict=True)
+        fitting = _fitting(self._steps, max(begins) + 1)
+        logits = fitting(ids, begins, slots, [0] * len(ids))
+        wanted = torch.tensor([piece.slot for piece in pieces], device=logits.device)
+        return logits[wanted]
 
 
 class _FixedView(View):
     """Rows and positions that are looked up when the pass runs."""
 
     def __init__(self, rows: torch.Tensor, begins: torch.Tensor, new_tokens: int, length: int, dtype: torch.dtype):
-        self.new_tokens, self.length = new_tokens, length
-        self.row_indices = rows
-        self.positions = begins.unsqueeze(1) + torch.arange(new_tokens, device=rows.device)
-        self.lengths = self.positions[:, -1] + 1
-        self.mask = self._mask(dtype)
-        self._first_rows = new_tokens == 1
-        """A step takes the first rows as they lie; prompts are read into any."""
-
-    @property
-    def begin(self) -> int:
-        return self.length - self.new_tokens
-
-    def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
-        states[self.row_indices.unsqueeze(1), :, self.positions] = new.transpose(1, 2)
-
-    def read(self, states: torch.Tensor) -> torch.Tensor:
-        rows = slice(0, len(self.row_indices)) if self._first_rows else self.row_indices
-        return states[rows, :, : self.length]
+        self.new_tokens, self.length, self.begin = new_tokens, length, length - new_tokens
+        self._rows = rows
+        self._read_rows = slice(0, len(rows)) if new_tokens == 1 else rows
+        """A step reads each slot's row where it lies."""
+        self._place(begins, dtype)
 
 
 class _Pass:
@@ -94,10 +89,7 @@ class _Pass:
         record: Runs a function and returns what runs it again.
     """
 
-    logits: torch.Tensor
-    """(rows, vocabulary), after each row's last token; until the next run."""
-    states: torch.Tensor
-    """(layers, keys and values, rows, heads, new tokens, head size), what was written; until the next run."""
+    _logits: torch.Tensor
 
     def __init__(
         self,
@@ -116,13 +108,13 @@ class _Pass:
         self._run = record(self._forward)
 
     def __call__(
-        self, ids: list[list[int]], begins: Sequence[int], rows: Sequence[int], last: Sequence[int] | None = None
-    ) -> None:
-        """Run it; `logits` and `states` are what comes of it."""
-        last = last or [0] * len(ids)
+        self, ids: Sequence[Sequence[int]], begins: Sequence[int], rows: Sequence[int], last: Sequence[int]
+    ) -> torch.Tensor:
+        """Run it; returns (rows, vocabulary), after each row's last token, good until the next run."""
         given = [[*some, *more] for some, *more in zip(ids, begins, rows, last, strict=True)]
         self._given.copy_(torch.tensor(given))
         self._run()
+        return self._logits
 
     def _forward(self) -> None:
         ids, (begins, rows, last) = self._given[:, : self._new_tokens], self._given[:, self._new_tokens :].unbind(1)
@@ -138,11 +130,10 @@ class _Pass:
             logits_to_keep=1 if is_step else last,
         )
         if is_step:
-            self.logits = output.logits[:, -1].float()
+            self._logits = output.logits[:, -1].float()
         else:
             # For each row the model tells the logits of every row's last place; its own are wanted.
-            self.logits = output.logits[self._rows, self._rows].float()
-            self.states = self._cache.written(view)
+            self._logits = output.logits[self._rows, self._rows].float()
 
 
 def _recorder(model: PreTrainedModel) -> Callable[[Callable[[], None]], Callable[[], None]]:

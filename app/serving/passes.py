@@ -1,8 +1,10 @@
-"""Forward passes over the slots' cache, in shapes that fit what there is to do: for models on a CPU.
+"""Forward passes over the slots' cache, and which kind a model gets.
 
-Those of models on a GPU have unchanging shapes, see fixed_passes.py.
+    FlatPasses     on a CPU: whatever there is to do is one pass, without padding (flat_passes.py)
+    FixedPasses    on a GPU: unchanging shapes, recorded once (fixed_passes.py)
+    FittingPasses  for what FlatPasses does not take: a pass a piece of prompt, and one for all that is written
 
-Axes: B rows, V vocabulary.
+Axes: B pieces, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,71 +13,56 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from app.serving.packed_linear import pack
-from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.slot_cache import SlotCache, View
 
 
 class Piece(NamedTuple):
-    """Of a prompt, BLOCK_TOKENS at most."""
+    """Tokens that follow one another: a block of a prompt, what is left at its end, or a reply's newest token."""
 
     slot: int
     begin: int
-    """Where in the prompt; a multiple of BLOCK_TOKENS."""
+    """Where they stand. BLOCK_TOKENS at most, and more than one begin at a multiple of that."""
     ids: Sequence[int]
 
 
 class Passes(Protocol):
-    """What the engine asks of a model. The numbers of a row depend on nothing but its own tokens."""
+    """What the engine asks of a model. What comes of a piece depends on nothing but its own slot's tokens."""
 
     cache: SlotCache
-    pieces: int
-    """Read together at most."""
-    prompts: int
-    """Begun together at most."""
     prompt_tokens: int
-    """Of prompts, read between two steps at most, beyond the first prompt: running replies do not stall."""
+    """Of prompts, that one run should read at most: running replies do not stall."""
 
-    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Read them into their slots, those of a slot in their order; returns logits_BV after each."""
-
-    def block(self, number: int) -> torch.Tensor:
-        """Keys and values of a whole piece of the last read, as `SlotCache.block` gives them; a copy."""
-
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """One more token in each of the first slots; returns logits_BV."""
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Put them into their slots, those of a slot in their order; returns logits_BV, after each."""
 
 
 class FittingPasses:
-    """One prompt at a time, and as many rows as replies are running.
+    """Pieces of prompts one by one, and single tokens together.
 
     Args:
-        model: Changed: attention, and how weights are laid out.
+        model: Changed: its attention.
     """
 
-    pieces, prompts, prompt_tokens = 1, 1, 512
+    prompt_tokens = 512
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
-        pack(model)
         self._model: Any = model
         self.cache = SlotCache(model, slots, context_tokens)
 
-    def read(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """As the protocol has it."""
-        (piece,) = pieces
-        self._read = piece
-        return self._forward([piece.ids], self.cache.prompt_view(piece.slot, piece.begin, len(piece.ids)))
+        logits: dict[int, torch.Tensor] = {}
+        single = [number for number, piece in enumerate(pieces) if len(piece.ids) == 1]
+        for number in range(len(pieces)):
+            if number not in single:
+                logits[number] = self._forward([pieces[number]])[0]
+        if single:
+            logits |= zip(single, self._forward([pieces[number] for number in single]), strict=True)
+        return torch.stack([logits[number] for number in range(len(pieces))])
 
-    def block(self, number: int) -> torch.Tensor:
-        """As the protocol has it."""
-        return self.cache.block(self._read.slot, self._read.begin, BLOCK_TOKENS)
-
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """As the protocol has it."""
-        return self._forward([[token] for token in tokens], self.cache.step_view(list(positions)))
-
-    def _forward(self, ids: Sequence[Sequence[int]], view: View) -> torch.Tensor:
-        self.cache.view = view
+    def _forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        slots, begins, ids = zip(*pieces, strict=True)
+        view = self.cache.view = View(slots, begins, len(ids[0]), self._model.dtype)
         output = self._model(
             input_ids=torch.tensor(ids),
             position_ids=view.positions,

@@ -4,6 +4,7 @@ Reply i is row i. The rows in use are always the first ones, so a forward pass t
 nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,50 +20,79 @@ LENGTH_STEP = 64
 in bfloat16 depended on the others in its batch: 15 of 30 seeded replies came out differently, now none."""
 
 
-class View:
-    """The part of the cache that one forward pass reads and writes; made once a pass, for all layers.
+class PassView:
+    """What one forward pass reads and writes of the cache; made once a pass, for all layers."""
+
+    begin: int
+    """Positions before the new tokens, of the longest row."""
+    length: int
+    """Positions that attention runs over."""
+    mask: torch.Tensor
+    """What the model is given as its attention mask, with four axes; by it a pass is told from others' of the model."""
+
+    def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
+        """Put the new tokens' keys or values, as the model has them, where they stand."""
+        raise NotImplementedError
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """All that the new tokens may attend to."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """(rows, new tokens, heads, size) where the pass has attention of its own for these; else none."""
+
+
+class View(PassView):
+    """A new token or several in each of some rows.
 
     Args:
-        first_row: The rows follow one another.
+        rows: In the cache.
         begins: Of each row, where its new tokens begin.
         new_tokens: In each row.
         dtype: The model's.
     """
 
-    def __init__(self, first_row: int, begins: list[int], new_tokens: int, dtype: torch.dtype) -> None:
-        self._begins, self.new_tokens = begins, new_tokens
-        self._rows = slice(first_row, first_row + len(begins))
-        self.row_indices = torch.arange(self._rows.start, self._rows.stop)
-        self.positions = torch.tensor(begins).unsqueeze(1) + torch.arange(new_tokens)
+    def __init__(self, rows: Sequence[int], begins: Sequence[int], new_tokens: int, dtype: torch.dtype) -> None:
+        self.new_tokens = new_tokens
+        self.begin, self.length = max(begins), rounded_up(max(begins) + new_tokens)
+        self._rows = torch.tensor(rows)
+        follow = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        self._read_rows = slice(rows[0], rows[0] + len(rows)) if follow else self._rows
+        """Rows that follow one another are read where they lie."""
+        self._place(torch.tensor(begins), dtype)
+
+    def _place(self, begins: torch.Tensor, dtype: torch.dtype) -> None:
+        new = torch.arange(self.new_tokens, device=begins.device)
+        self.positions = begins.unsqueeze(1) + new
         """(B, new tokens), where the new tokens stand."""
         self.lengths = self.positions[:, -1] + 1
         """(B,), positions that the last new token of each row attends to."""
-        self.length = rounded_up(max(begins) + new_tokens)
-        """Positions that attention runs over, a multiple of LENGTH_STEP."""
-        self.mask = self._mask(dtype)
+        visible = torch.arange(self.length, device=begins.device) <= self.positions.unsqueeze(-1)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=begins.device)
+        self.mask = mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
         """Additive, (B, 1, new tokens, length): a token sees its own row up to itself."""
 
-    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
-        visible = torch.arange(self.length, device=self.positions.device) <= self.positions.unsqueeze(-1)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
-
-    @property
-    def begin(self) -> int:
-        """Positions before the new tokens, of the longest row."""
-        return max(self._begins)
-
     def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
-        """Put the new tokens' keys or values, (B, heads, new tokens, size), where they stand."""
-        if self.new_tokens == 1:
-            states[self.row_indices, :, self.lengths - 1] = new[:, :, 0]
-        else:
-            for row, begin, of_row in zip(self.row_indices, self._begins, new, strict=True):
-                states[row, :, begin : begin + self.new_tokens] = of_row
+        """Of (B, heads, new tokens, size)."""
+        states[self._rows.unsqueeze(1), :, self.positions] = new.transpose(1, 2)
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
-        """All that the new tokens may attend to."""
-        return states[self._rows, :, : self.length]
+        """(B, heads, length, size)."""
+        return states[self._read_rows, :, : self.length]
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """Of single tokens."""
+        if self.new_tokens > 1:
+            return None
+        kernel = decode_attention() if query.device.type == "cpu" else None
+        asked = query.squeeze(2)
+        if kernel and kernel.takes(asked, keys, values):
+            return kernel(asked, keys, values, torch.arange(len(asked)), self.lengths, scale).unsqueeze(1)
+        return grouped_attention(query, keys, values, self.mask, scale)
 
 
 class SlotCache(Cache):
@@ -72,22 +102,13 @@ class SlotCache(Cache):
         layers: int = model.config.get_text_config().num_hidden_layers
         self._slot_layers = [SlotLayer(self, slots, rounded_up(context_tokens)) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
-        self._dtype = model.dtype
-        self.view = self.step_view([0])
-        self._attend = decode_attention() if model.device.type == "cpu" else None
-        if (self._attend or model.device.type == "cuda") and model.config._attn_implementation == "sdpa":
+        self.view: PassView = View([0], [0], 1, model.dtype)
+        """What the coming pass works on."""
+        if model.config._attn_implementation == "sdpa":
             name = f"rayloop_slots_{id(self)}"
             AttentionInterface.register(name, self.attention)
             AttentionMaskInterface.register(name, sdpa_mask)
             model.config._attn_implementation = name
-
-    def prompt_view(self, slot: int, begin: int, tokens: int) -> View:
-        """Some positions of one row."""
-        return View(slot, [begin], tokens, self._dtype)
-
-    def step_view(self, positions: list[int]) -> View:
-        """The first rows, one token each."""
-        return View(0, positions, 1, self._dtype)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row's first positions over another row."""
@@ -110,16 +131,6 @@ class SlotCache(Cache):
             layer.keys[slot, :, begin : begin + keys.shape[1]] = keys
             layer.values[slot, :, begin : begin + values.shape[1]] = values
 
-    def written(self, view: View) -> torch.Tensor:
-        """What a pass has written: (layers, keys and values, rows, heads, new tokens, head size)."""
-        rows = view.row_indices.unsqueeze(1)
-        return torch.stack(
-            [
-                torch.stack([states[rows, :, view.positions].transpose(1, 2) for states in (layer.keys, layer.values)])
-                for layer in self._slot_layers
-            ]
-        )
-
     def attention(
         self,
         module: torch.nn.Module,
@@ -130,17 +141,15 @@ class SlotCache(Cache):
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """The model's attention as transformers calls it: torch's own but for the step of a batch of ours."""
-        view = self.view
-        if attention_mask is view.mask and query.shape[2] == 1:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if self._attend and self._attend.takes(query, key, value):
-                return self._attend(query, key, value, view.lengths, scale), None
-            return grouped_attention(query, key, value, view.mask, scale), None
-        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        """The model's attention as transformers calls it: torch's own where the pass has none."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = self.view.attend(query, key, value, scale) if attention_mask is self.view.mask else None
+        if attended is not None:
+            return attended, None
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-        return attended
+        return plain
 
 
 class SlotLayer(CacheLayerMixin):

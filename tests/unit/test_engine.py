@@ -25,6 +25,7 @@ from app.errors import ModelError
 from app.serving.engine import Engine
 from app.serving.engines import EngineFull
 from app.serving.fixed_passes import FixedPasses
+from app.serving.passes import FittingPasses
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.sampling import Draw, choose
 from app.serving.schema import Refused, Sampling
@@ -67,11 +68,11 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["float32", "int8", "fixed"])
+@pytest.fixture(scope="module", params=["float32", "int8", "fixed", "fitting"])
 def asking(request: pytest.FixtureRequest, float_folder: Path, model_folder: Path) -> Iterator[Asking]:
     """On passes that fit, and on those of unchanging shapes that a GPU gets."""
     folder = model_folder if request.param == "int8" else float_folder
-    asking = Asking(folder, passes=FixedPasses if request.param == "fixed" else None)
+    asking = Asking(folder, passes={"fixed": FixedPasses, "fitting": FittingPasses}.get(request.param))
     yield asking
     asking.engine.stop()
 

@@ -1,0 +1,128 @@
+"""Forward passes on a CPU that put everything there is to do one after another, as one long row without padding.
+
+What a pass costs beside its products, thousands of small operations, is then paid once for the tokens of all replies
+and of the prompts that begin. Each token attends to its own slot alone. Blocks of prompts do so with torch's kernel,
+one by one; single tokens and the ends of prompts, all at once, with decode_attention.c.
+
+Axes: N tokens, B pieces, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear8bitLt
+from transformers import PreTrainedModel
+
+from app.serving.decode_attention import NAMES, DecodeAttention, decode_attention
+from app.serving.packed_linear import pack
+from app.serving.passes import Piece
+from app.serving.prefix_cache import BLOCK_TOKENS
+from app.serving.slot_cache import PassView, SlotCache
+
+
+class FlatPasses:
+    """One pass for all pieces.
+
+    Args:
+        model: Changed: its attention, and how weights are laid out. `takes` says whether it can be.
+    """
+
+    prompt_tokens = 512
+
+    def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+        pack(model)
+        self._model: Any = model
+        self.cache = SlotCache(model, slots, context_tokens)
+        self._masks: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def takes(model: PreTrainedModel) -> bool:
+        """Whether it is on a CPU, with attention that can be replaced, and layers that treat each token by itself.
+
+        LLM.int8() does not: which columns are outliers depends on all tokens of a pass.
+        """
+        return (
+            model.device.type == "cpu"
+            and model.dtype in NAMES
+            and model.config._attn_implementation == "sdpa"
+            and not any(type(module) is Linear8bitLt for module in model.modules())
+            and decode_attention() is not None
+        )
+
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """As the protocol has it."""
+        blocks = [number for number, piece in enumerate(pieces) if len(piece.ids) == BLOCK_TOKENS]
+        order = [*(number for number, piece in enumerate(pieces) if len(piece.ids) < BLOCK_TOKENS), *blocks]
+        view = self.cache.view = _FlatView([pieces[number] for number in order], len(blocks), self._mask)
+        output = self._model(
+            input_ids=view.ids.unsqueeze(0),
+            position_ids=view.positions.unsqueeze(0),
+            attention_mask=view.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=view.ends,
+        )
+        logits_BV = torch.empty_like(output.logits[0], dtype=torch.float32)
+        logits_BV[order] = output.logits[0].float()
+        return logits_BV
+
+    def _mask(self, begin: int) -> torch.Tensor:
+        """Additive, of a block: (1, 1, BLOCK_TOKENS, begin + BLOCK_TOKENS)."""
+        if begin not in self._masks:
+            least = torch.finfo(self._model.dtype).min
+            mask = torch.full((BLOCK_TOKENS, begin + BLOCK_TOKENS), least, dtype=self._model.dtype)
+            self._masks[begin] = mask.triu(begin + 1)[None, None]
+        return self._masks[begin]
+
+
+class _FlatView(PassView):
+    """Pieces that are no blocks come first."""
+
+    def __init__(self, pieces: Sequence[Piece], blocks: int, mask: Any) -> None:
+        counts = torch.tensor([len(piece.ids) for piece in pieces])
+        self.ids = torch.tensor([token for piece in pieces for token in piece.ids])
+        """(N,)"""
+        self.ends = counts.cumsum(0) - 1
+        """(B,), which token is the last of each piece."""
+        slots = torch.tensor([piece.slot for piece in pieces])
+        begins = torch.tensor([piece.begin for piece in pieces])
+        self._rows = slots.repeat_interleave(counts)
+        self.positions = torch.arange(len(self.ids)) + (begins - self.ends + counts - 1).repeat_interleave(counts)
+        """(N,)"""
+        self._lengths = self.positions + 1
+        self._single = len(self.ids) - blocks * BLOCK_TOKENS
+        self._blocks = [(piece.slot, piece.begin + BLOCK_TOKENS, mask(piece.begin)) for piece in pieces[-blocks:]]
+        self._blocks = self._blocks if blocks else []
+        self.mask = torch.zeros(1, 1, 1, 1)
+        """Not looked at: models make one of their own where there is none."""
+        self.begin, self.length = 0, len(self.ids)
+
+    def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
+        states[self._rows, :, self.positions] = new[0].transpose(0, 1)
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        """(1, heads, N, size) over the whole cache: (1, N, heads, size)."""
+        kernel: DecodeAttention | None = decode_attention()
+        assert kernel, "FlatPasses.takes looked"
+        single = query[0, :, : self._single].transpose(0, 1)
+        count = self._single
+        found = kernel(single, keys, values, self._rows[:count], self._lengths[:count], scale)
+        if not self._blocks:
+            return found.unsqueeze(0)
+        parts = [found]
+        for number, (slot, length, mask) in enumerate(self._blocks):
+            begin = count + number * BLOCK_TOKENS
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, begin : begin + BLOCK_TOKENS],
+                keys[slot : slot + 1, :, :length],
+                values[slot : slot + 1, :, :length],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=query.shape[1] != keys.shape[1],
+            )
+            parts.append(attended[0].transpose(0, 1))
+        return torch.cat(parts).unsqueeze(0)
