@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, action="append", default=[], help="Poisson arrivals a second")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
-        "--only", default="ours,ours_1,vllm,static,openvino,transformers", help="servers of part engine"
+        "--only", default="ours,ours_1,ours_2,vllm,static,openvino,transformers", help="servers of part engine"
     )
     parser.add_argument("--setting", action="append", help="some of part serve's settings, and `defaults`")
     parser.add_argument("--no-texts", dest="texts", action="store_false", help="do not compare with plain generate")

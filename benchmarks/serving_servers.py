@@ -31,7 +31,7 @@ PEERS = {
 BROKEN = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 """What a peer brings along that its import fails on here: there are builds for CUDA only."""
 NAMES = {
-    "ours": "ours, behind uvicorn", "ours_1": "ours, one thread",
+    "ours": "ours, two threads", "ours_1": "ours, one thread", "ours_2": "ours, two processes of one thread",
     "static": "generate, static batches of 16", "transformers": "transformers serve",
     "vllm": "vLLM, CPU", "vllm_compiled": "vLLM, CPU, compiled", "openvino": "OpenVINO GenAI",
     "application": "our application on Ray Serve",
@@ -160,10 +160,11 @@ def server(name: str, size: str) -> Iterator[Server]:
     ids, chat = f"http://127.0.0.1:{port}/v1/completions", f"http://127.0.0.1:{port}/v1/chat/completions"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOME)}
     url, form = ids, "ids"
-    if name in ("ours", "ours_1", "static"):
-        environment |= {"OMP_NUM_THREADS": "1"} if name == "ours_1" else {}
+    if name in ("ours", "ours_1", "ours_2", "static"):
+        environment |= {"OMP_NUM_THREADS": "1"} if name in ("ours_1", "ours_2") else {}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.serving"]
         command += ["static" if name == "static" else "engine", str(folder), str(port)]
+        command += ["2"] if name == "ours_2" else []
     elif name == "transformers":
         url, form = chat, "messages"
         command = [f"{Path(sys.executable).parent}/transformers", "serve", str(folder), "--continuous-batching"]

@@ -2,6 +2,7 @@
 with server-sent events, greedily, to exactly so many tokens (the models of the benchmark never choose their end token).
 
     python -m benchmarks.peers.serving engine FOLDER PORT      # our engine behind uvicorn and nothing else
+    python -m benchmarks.peers.serving engine FOLDER PORT 2    # two such processes, which share the port
     python -m benchmarks.peers.serving static FOLDER PORT      # model.generate over up to 16 requests at once
     python -m benchmarks.peers.serving openvino FOLDER PORT    # openvino-genai's continuous batching
 
@@ -12,6 +13,8 @@ longest reply; a reply comes as one chunk. openvino: a model converted by optimu
 import asyncio
 import json
 import queue
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -164,8 +167,24 @@ def openvino(folder: Path) -> Submit:
     return lambda body, say: waiting.put((body, say))
 
 
-if __name__ == "__main__":
+def main() -> None:
     import uvicorn
 
-    made = {"engine": engine, "static": static, "openvino": openvino}[sys.argv[1]](Path(sys.argv[2]))
-    uvicorn.run(application(made), host="127.0.0.1", port=int(sys.argv[3]), log_level="warning", access_log=False)
+    kind, folder, port, *processes = sys.argv[1:]
+    # The kernel gives each connection to one of the processes that listen.
+    others = [subprocess.Popen([sys.executable, "-m", "benchmarks.peers.serving", kind, folder, port, "1"])
+              for _ in range(int(processes[0]) - 1)] if processes else []  # fmt: skip
+    made = {"engine": engine, "static": static, "openvino": openvino}[kind](Path(folder))
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind(("127.0.0.1", int(port)))
+    try:
+        uvicorn.Server(uvicorn.Config(application(made), log_level="warning", access_log=False)).run([listening])
+    finally:
+        for other in others:
+            other.terminate()
+
+
+if __name__ == "__main__":
+    main()
