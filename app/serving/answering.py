@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from app.errors import RequestError
 from app.serving import limits, openai_format
 from app.serving.answer import Answer
+from app.serving.functions import Functions
 from app.serving.schema import Conclusion, Delta, Event, Finished, Refused, Started
 from app.settings.serving import VariantConfig
 from app.telemetry import (
@@ -34,10 +35,10 @@ START_TIMEOUT_S = 60.0
 
 
 class Answering:
-    """Makes answers with a language model and response management."""
+    """Makes answers with a language model, functions and response management."""
 
-    def __init__(self, response: "DeploymentHandle[Any]", fallback_after_s: float) -> None:
-        self._response, self._fallback_after_s = response, fallback_after_s
+    def __init__(self, response: "DeploymentHandle[Any]", functions: Functions, fallback_after_s: float) -> None:
+        self._response, self._functions, self._fallback_after_s = response, functions, fallback_after_s
         self.heard_s: dict[str, float] = {}
         """By variant, when its model last wrote something."""
         self._background: set[asyncio.Task[Any]] = set()
@@ -59,6 +60,9 @@ class Answering:
             RayError, TimeoutError: A replica is gone.
         """
         events = self._refused(answer) if answer.rule else await self._begun(answer, language_models)
+        if answer.insight is None and answer.request.endpoint == "chat":
+            # Not before the language model has the question: the customer waits for its first token, not for these.
+            answer.insight = self._functions.ask(answer.request.question, answer.variant.name)
         headers = {"x-rayloop-variant": answer.variant.name}
         if answer.request.stream:
             return _EventStream(self._stream(answer, events), headers=headers, media_type="text/event-stream")

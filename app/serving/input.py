@@ -91,9 +91,9 @@ class InputHandling:
         self._limiter = Limiter(config, ledger)
         self._models = Models(config.variants)
         self._language_models, self._response = language_models, response
-        self._answering = Answering(response, config.fallback_after_s)
-        self._guard = Guard(config)
         self._functions = Functions(functions, config.functions.deadline_s)
+        self._answering = Answering(response, self._functions, config.fallback_after_s)
+        self._guard = Guard(config)
         page = resources.files("app.serving") / "page"
         self._page = {path: (page / name).read_bytes() for path, (name, _) in PAGE.items()}
 
@@ -247,8 +247,8 @@ class InputHandling:
         user_hash = self._access.pseudonym(asked.user) if asked.user else None
         who = f"{turn.owner} {turn.conversation_id}" if turn else response_id
         variant = self._models.resolve(asked.model, user_hash or who)
-        insight = self._functions.ask(asked.question, variant.name) if is_chat else None
-        intent = (await insight).intent if insight and self._guard.needs_intent else None
+        insight = self._functions.ask(asked.question, variant.name) if is_chat and self._guard.needs_intent else None
+        intent = (await insight).intent if insight else None
         answer = Answer(
             response_id=response_id,
             received_at=received_at,
