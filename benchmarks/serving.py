@@ -101,6 +101,7 @@ def main() -> None:
         "--only", default="ours,ours_1,ours_2,vllm,static,openvino,transformers", help="servers of part engine"
     )
     parser.add_argument("--setting", action="append", help="some of part serve's settings, and `defaults`")
+    parser.add_argument("--variable", action="append", default=[], help="NAME=VALUE, of part application's head")
     parser.add_argument("--no-texts", dest="texts", action="store_false", help="do not compare with plain generate")
     given = parser.parse_args()
     given.users, given.model = given.users or [1, 4, 8, 16, 32], given.model or list(SHAPES)

@@ -84,7 +84,8 @@ def application_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]
     """The application against the engine behind uvicorn, one thread each, on the same requests."""
     for size in given.model:
         folder, requests = serving.model_folder(size), serving.requests_files(size)["messages"]
-        with head("application", {}) as environment, serving.server("ours_1", size) as bare:
+        variables = dict(variable.split("=", 1) for variable in given.variable)
+        with head("application", variables) as environment, serving.server("ours_1", size) as bare:
             port = int(environment["RAYLOOP_HTTP_PORT"])
             variant = {"name": "bench", "model": "bench", "version": "1", "uri": str(folder)}
             config = FOLDER / "application.json"
@@ -99,11 +100,12 @@ def application_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]
                     }
                 )
             )  # fmt: skip
+            key = (FOLDER / "state-application" / "api_key").read_text().strip()
             command = [sys.executable, "-W", "ignore", "-m", "jobs.serve", "--config", str(config)]
-            done = subprocess.run(command, env=environment, cwd=HOME, capture_output=True, text=True, check=False)
+            given_key = {**environment, "RAYLOOP_API_KEY": key}
+            done = subprocess.run(command, env=given_key, cwd=HOME, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"jobs.serve ended with {done.returncode}: {(done.stdout + done.stderr)[-3_000:]}")
-            key = (FOLDER / "state-application" / "api_key").read_text().strip()
             bodies = json.loads(requests.read_text())
             for each in bodies:
                 each["body"]["model"] = "bench"

@@ -8,7 +8,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 THREAD_CHARS = 20_000
 """Longer prompts are read in a thread of their own: health checks do not wait for them."""
 DELTA_INTERVAL_S = 0.03
-"""Text of a streamed reply is sent on at most this often after the first token: each message costs a hop through
-Ray (about 1 ms of CPU), and nobody reads faster."""
+"""Text of a streamed reply is sent on at most this often after the first token: each message costs two hops through
+Ray (some ms of CPU), and nobody reads faster."""
+DELTA_INTERVAL_PER_REPLY_S = 0.005
+"""And so much less often for each reply that is written at the same time: sixteen get text nine times a second."""
 
 
 class LanguageModel:
@@ -104,13 +106,16 @@ class LanguageModel:
             yield begun
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
-            async for event in _merged(events, request.stream, request.choices):
+            async for event in _merged(events, request.stream, request.choices, self._delta_interval_s):
                 if isinstance(event, Finished):
                     self._waits.append((time.monotonic(), event.time_to_first_token_s))
                 yield event
         finally:
             self._engine.cancel(replies)
             self._show_slots()
+
+    def _delta_interval_s(self) -> float:
+        return DELTA_INTERVAL_S + DELTA_INTERVAL_PER_REPLY_S * self._engine.slots_in_use
 
     async def embed(self, inputs: tuple[Prompt, ...]) -> Embedded | Refused:
         """One vector for each of the texts or token lists."""
@@ -232,7 +237,9 @@ def _vllm_engine(variant: VariantConfig) -> "type[VllmEngine]":
     return VllmEngine
 
 
-async def _merged(events: "asyncio.Queue[Event]", stream: bool, choices: int) -> AsyncIterator[Event]:
+async def _merged(
+    events: "asyncio.Queue[Event]", stream: bool, choices: int, interval_s: Callable[[], float]
+) -> AsyncIterator[Event]:
     """The events, with the deltas of an interval as one a choice; without `stream`, all of a choice's as one."""
     deltas: dict[int, list[Delta]] = {}
     going_on = choices
@@ -255,7 +262,7 @@ async def _merged(events: "asyncio.Queue[Event]", stream: bool, choices: int) ->
             for some in deltas.values():
                 yield _joined(some)
             deltas.clear()
-            await asyncio.sleep(DELTA_INTERVAL_S)
+            await asyncio.sleep(interval_s())
 
 
 def _joined(deltas: list[Delta]) -> Delta:
