@@ -25,6 +25,8 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 MAX_HEAD_SIZE = 512
 """As decode_attention.c has it."""
 NAMES = {torch.float32: "attend_float", torch.bfloat16: "attend_bfloat16"}
+LARGE_WORK = 2**23
+"""Products for which the interpreter is given away, some hundred microseconds."""
 WORK_OF_A_THREAD = 2**16
 """Products for which a second thread is not woken."""
 
@@ -37,13 +39,8 @@ class DecodeAttention:
     """
 
     def __init__(self, library: Path) -> None:
-        # A call takes microseconds: giving the interpreter away and waiting for it would take longer.
-        loaded = ctypes.PyDLL(str(library))
-        self._functions = {dtype: getattr(loaded, name) for dtype, name in NAMES.items()}
-        for function in self._functions.values():
-            function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6
-            function.argtypes += [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-            function.restype = None
+        # A small call takes microseconds: giving the interpreter away and waiting for it would take longer.
+        self._functions, self._large = (_functions(make(str(library))) for make in (ctypes.PyDLL, ctypes.CDLL))
 
     def takes(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether it can do this; shapes as for calling it."""
@@ -81,15 +78,26 @@ class DecodeAttention:
         tokens, heads, size = query.shape
         query = query.contiguous()
         output = torch.empty_like(query)
-        longest = keys.shape[2]
-        threads = torch.get_num_threads() if tokens * heads * longest * size > WORK_OF_A_THREAD else 1
+        longest = int(lengths.max()) if tokens else 1
+        work = tokens * heads * longest * size
+        threads = torch.get_num_threads() if work > WORK_OF_A_THREAD else 1
         scratch = torch.empty(threads * longest, dtype=torch.float32)
-        self._functions[query.dtype](
+        function = (self._large if work > LARGE_WORK else self._functions)[query.dtype]
+        function(
             output.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(),
             lengths.data_ptr(), tokens, heads, keys.shape[1], size, keys.stride(0), keys.stride(1),
             scale, scratch.data_ptr(), longest, threads,
         )  # fmt: skip
         return output
+
+
+def _functions(loaded: ctypes.CDLL) -> dict[torch.dtype, Any]:
+    found = {dtype: getattr(loaded, name) for dtype, name in NAMES.items()}
+    for function in found.values():
+        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6
+        function.argtypes += [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        function.restype = None
+    return found
 
 
 @functools.cache

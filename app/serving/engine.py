@@ -32,6 +32,7 @@ from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
 from app.serving.schema import Refused
 
 logger = logging.getLogger(__name__)
+Kind = Callable[[PreTrainedModel, int, int], Passes]
 Planned = tuple[Piece, bytes | None]
 """Of the coming pass, and what it is known by where it is a block."""
 
@@ -62,10 +63,10 @@ class Engine:
         context_tokens: int,
         max_waiting: int,
         prefix_cache_bytes: int = 0,
-        passes: Callable[[PreTrainedModel, int, int], Passes] | None = None,
+        passes: Kind | None = None,
     ) -> None:
         _check_attention(model, context_tokens)
-        self._make_passes = passes or _passes(model)
+        self._kinds = [passes] if passes else _kinds(model)
         self._passes: Passes
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
@@ -74,6 +75,8 @@ class Engine:
         self._slots, self._max_waiting = slots, max_waiting
         self.context_tokens = context_tokens
         self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._admitted = 0
+        """Replies, since the start."""
         self._running: list[_Running] = []
         """By slot."""
         self._waiting: deque[Reply] = deque()
@@ -207,27 +210,33 @@ class Engine:
                 self._wake.wait()
                 self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
             while self._waiting and len(self._running) < self._slots:
-                self._running.append(_Running(self._waiting.popleft()))
+                self._admitted += 1
+                self._running.append(_Running(self._waiting.popleft(), self._admitted))
 
     def _pass(self) -> None:
         """One more token for each reply that is being written, and more of the prompts of those that are not yet."""
         planned: list[Planned] = [one.newest(slot) for slot, one in enumerate(self._running) if one.is_read]
         steps = len(planned)
         known: set[bytes] = set()
-        for slot, one in enumerate(self._running):
+        # Who came first is read first: slots change hands.
+        for slot, one in sorted(enumerate(self._running), key=lambda its: its[1].number):
             if not one.is_read:
                 planned += self._prompt_pieces(slot, one, known, self._left(planned[steps:]))
         logits_BV = self._passes.run([piece for piece, _ in planned])
         ends = []
         for number, (piece, known_by) in enumerate(planned):
             if known_by is not None:
-                self._prefixes.put(known_by, self._passes.cache.block(piece.slot, piece.begin, BLOCK_TOKENS))
+                self._keep(known_by, piece)
             elif number < steps or self._running[piece.slot].is_read:
                 ends.append((piece.slot, number))
         if ends:
             # By slot: whoever is drawn for first, last or in the middle draws from a generator of its own.
             slots, numbers = zip(*sorted(ends), strict=True)
             self._advance(slots, logits_BV[list(numbers)])
+
+    def _keep(self, known_by: bytes, piece: Piece) -> None:
+        if self._prefixes.max_bytes:
+            self._prefixes.put(known_by, self._passes.cache.block(piece.slot, piece.begin, BLOCK_TOKENS))
 
     def _left(self, planned: Sequence[Planned]) -> int:
         """Prompt tokens that the coming pass may still read; at least the first piece is."""
@@ -238,7 +247,7 @@ class Engine:
         """What is read of a prompt in the coming pass, with what blocks are known by; what was read earlier is copied.
 
         Args:
-            known: Blocks that the coming pass reads. Another prompt that wants one waits for it.
+            known: Blocks that the coming pass reads. Another prompt that wants one waits for it, if it will be kept.
             tokens: That may be read at most.
         """
         pieces: list[Planned] = []
@@ -254,7 +263,7 @@ class Engine:
                 continue
             ids = prompt[one.read_tokens : one.read_tokens + BLOCK_TOKENS]
             tokens -= len(ids)
-            if tokens < 0 or (known_by and known_by in known):
+            if tokens < 0 or (known_by in known and self._prefixes.max_bytes):
                 break
             pieces.append((Piece(slot, one.read_tokens, ids), known_by))
             one.read_tokens += len(ids)
@@ -288,14 +297,24 @@ class Engine:
             self._running[slot] = moved
 
     def _check(self) -> None:
-        """Make the passes. Two replies of different lengths, batched, must have the logits of plain forward passes."""
+        """Make the passes: the first kind that computes what the model does."""
+        *others, last = self._kinds
+        for kind in others:
+            try:
+                return self._try(kind)
+            except ModelError as error:
+                logger.info("another kind of passes is tried: %s", error)
+        return self._try(last)
+
+    def _try(self, kind: Kind) -> None:
+        """Make passes of a kind. Two replies of different lengths must have the logits of plain forward passes."""
         size = self._model.get_input_embeddings().weight.shape[0]
         prompts = [[token % size for token in range(1, length)] for length in (12, 6)][: self._slots]
         device = self._model.device
         plain = (self._model(torch.tensor([ids], device=device)) for ids in prompts)
         expected_BV = torch.cat([output.logits[:, -1].float() for output in plain])
         try:
-            self._passes = self._make_passes(self._model, self._slots, self.context_tokens)
+            self._passes = kind(self._model, self._slots, self.context_tokens)
             for slot, ids in enumerate(prompts):
                 self._passes.run([Piece(slot, 0, ids[:-1])])
             last = [Piece(slot, len(ids) - 1, ids[-1:]) for slot, ids in enumerate(prompts)]
@@ -320,6 +339,8 @@ class _Running:
     """A reply in a slot."""
 
     reply: Reply
+    number: int
+    """In the order in which slots were given."""
     read_tokens: int = 0
     """Of its prompt, that are in the cache."""
 
@@ -335,10 +356,11 @@ class _Running:
         return Piece(slot, self.reply.length - 1, self.reply.tokens[-1:]), None
 
 
-def _passes(model: PreTrainedModel) -> Callable[[PreTrainedModel, int, int], Passes]:
+def _kinds(model: PreTrainedModel) -> list[Kind]:
+    """Kinds of passes to try, the best first."""
     if model.device.type == "cuda":
-        return FixedPasses
-    return FlatPasses if FlatPasses.takes(model) else FittingPasses
+        return [FixedPasses]
+    return [FlatPasses, FittingPasses] if FlatPasses.takes(model) else [FittingPasses]
 
 
 def _check_attention(model: PreTrainedModel, context_tokens: int) -> None:

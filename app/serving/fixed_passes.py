@@ -105,6 +105,8 @@ class _Pass:
         self._given = torch.zeros(rows, new_tokens + 3, dtype=torch.long, device=model.device)
         """Each row's tokens, where they begin, its row in the cache, and which is its last one: one copy to the GPU."""
         self._rows = torch.arange(rows, device=model.device)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._last_position = (positions or cache.get_max_length()) - 1
         self._run = record(self._forward)
 
     def __call__(
@@ -123,7 +125,8 @@ class _Pass:
         is_step = self._new_tokens == 1
         output = self._model(
             input_ids=ids,
-            position_ids=view.positions,
+            # What is padded may stand where a model with learned positions has none.
+            position_ids=view.positions.clamp_max(self._last_position),
             attention_mask=view.mask,
             past_key_values=self._cache,
             use_cache=True,

@@ -18,7 +18,7 @@ from app.serving.decode_attention import NAMES, DecodeAttention, decode_attentio
 from app.serving.packed_linear import pack
 from app.serving.passes import Piece
 from app.serving.prefix_cache import BLOCK_TOKENS
-from app.serving.slot_cache import PassView, SlotCache
+from app.serving.slot_cache import PassView, SlotCache, rounded_up
 
 
 class FlatPasses:
@@ -34,7 +34,11 @@ class FlatPasses:
         pack(model)
         self._model: Any = model
         self.cache = SlotCache(model, slots, context_tokens)
-        self._masks: dict[int, torch.Tensor] = {}
+        longest = rounded_up(context_tokens)
+        least = torch.finfo(model.dtype).min
+        mask = torch.full((BLOCK_TOKENS, longest), least, dtype=model.dtype).triu(longest - BLOCK_TOKENS + 1)
+        self._mask = mask[None, None]
+        """Additive, (1, 1, BLOCK_TOKENS, context), of the last block; that of an earlier one is its right part."""
 
     @staticmethod
     def takes(model: PreTrainedModel) -> bool:
@@ -54,7 +58,8 @@ class FlatPasses:
         """As the protocol has it."""
         blocks = [number for number, piece in enumerate(pieces) if len(piece.ids) == BLOCK_TOKENS]
         order = [*(number for number, piece in enumerate(pieces) if len(piece.ids) < BLOCK_TOKENS), *blocks]
-        view = self.cache.view = _FlatView([pieces[number] for number in order], len(blocks), self._mask)
+        ordered = [pieces[number] for number in order]
+        view = self.cache.view = _FlatView(ordered, len(blocks), self._mask)
         output = self._model(
             input_ids=view.ids.unsqueeze(0),
             position_ids=view.positions.unsqueeze(0),
@@ -67,19 +72,11 @@ class FlatPasses:
         logits_BV[order] = output.logits[0].float()
         return logits_BV
 
-    def _mask(self, begin: int) -> torch.Tensor:
-        """Additive, of a block: (1, 1, BLOCK_TOKENS, begin + BLOCK_TOKENS)."""
-        if begin not in self._masks:
-            least = torch.finfo(self._model.dtype).min
-            mask = torch.full((BLOCK_TOKENS, begin + BLOCK_TOKENS), least, dtype=self._model.dtype)
-            self._masks[begin] = mask.triu(begin + 1)[None, None]
-        return self._masks[begin]
-
 
 class _FlatView(PassView):
     """Pieces that are no blocks come first."""
 
-    def __init__(self, pieces: Sequence[Piece], blocks: int, mask: Any) -> None:
+    def __init__(self, pieces: Sequence[Piece], blocks: int, mask: torch.Tensor) -> None:
         counts = torch.tensor([len(piece.ids) for piece in pieces])
         self.ids = torch.tensor([token for piece in pieces for token in piece.ids])
         """(N,)"""
@@ -92,8 +89,8 @@ class _FlatView(PassView):
         """(N,)"""
         self._lengths = self.positions + 1
         self._single = len(self.ids) - blocks * BLOCK_TOKENS
-        self._blocks = [(piece.slot, piece.begin + BLOCK_TOKENS, mask(piece.begin)) for piece in pieces[-blocks:]]
-        self._blocks = self._blocks if blocks else []
+        self._blocks = [(piece.slot, piece.begin + BLOCK_TOKENS) for piece in pieces[len(pieces) - blocks :]]
+        self._block_mask = mask
         self.mask = torch.zeros(1, 1, 1, 1)
         """Not looked at: models make one of their own where there is none."""
         self.begin, self.length = 0, len(self.ids)
@@ -110,17 +107,19 @@ class _FlatView(PassView):
         assert kernel, "FlatPasses.takes looked"
         single = query[0, :, : self._single].transpose(0, 1)
         count = self._single
+        if not kernel.takes(single, keys, values):
+            raise ValueError(f"keys of {keys.shape[-1]} and values of {values.shape[-1]} are not attended to here")
         found = kernel(single, keys, values, self._rows[:count], self._lengths[:count], scale)
         if not self._blocks:
             return found.unsqueeze(0)
         parts = [found]
-        for number, (slot, length, mask) in enumerate(self._blocks):
+        for number, (slot, length) in enumerate(self._blocks):
             begin = count + number * BLOCK_TOKENS
             attended = torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, begin : begin + BLOCK_TOKENS],
                 keys[slot : slot + 1, :, :length],
                 values[slot : slot + 1, :, :length],
-                attn_mask=mask,
+                attn_mask=self._block_mask[..., -length:],
                 scale=scale,
                 enable_gqa=query.shape[1] != keys.shape[1],
             )

@@ -5,6 +5,7 @@ the other deployments start without them.
 """
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections import deque
@@ -42,7 +43,7 @@ THREAD_CHARS = 20_000
 DELTA_INTERVAL_S = 0.03
 """Text of a streamed reply is sent on at most this often after the first token: each message costs two hops through
 Ray (some ms of CPU), and nobody reads faster."""
-DELTA_INTERVAL_PER_REPLY_S = 0.005
+DELTA_INTERVAL_PER_REPLY_S, MAX_DELTA_INTERVAL_S = 0.005, 0.12
 """And so much less often for each reply that is written at the same time: sixteen get text nine times a second."""
 
 
@@ -67,9 +68,12 @@ class LanguageModel:
         """Yield Started, Deltas, and a Finished a choice; or one Refused."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
+        ended = asyncio.Event()
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
+            if not isinstance(event, Delta):
+                loop.call_soon_threadsafe(ended.set)
 
         most = self._config.max_batch_slots + _max_waiting(self._config, self._variant)
         if request.choices > most:
@@ -106,7 +110,7 @@ class LanguageModel:
             yield begun
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
-            async for event in _merged(events, request.stream, request.choices, self._delta_interval_s):
+            async for event in _merged(events, ended, request.stream, request.choices, self._delta_interval_s):
                 if isinstance(event, Finished):
                     self._waits.append((time.monotonic(), event.time_to_first_token_s))
                 yield event
@@ -115,7 +119,7 @@ class LanguageModel:
             self._show_slots()
 
     def _delta_interval_s(self) -> float:
-        return DELTA_INTERVAL_S + DELTA_INTERVAL_PER_REPLY_S * self._engine.slots_in_use
+        return min(DELTA_INTERVAL_S + DELTA_INTERVAL_PER_REPLY_S * self._engine.slots_in_use, MAX_DELTA_INTERVAL_S)
 
     async def embed(self, inputs: tuple[Prompt, ...]) -> Embedded | Refused:
         """One vector for each of the texts or token lists."""
@@ -238,9 +242,17 @@ def _vllm_engine(variant: VariantConfig) -> "type[VllmEngine]":
 
 
 async def _merged(
-    events: "asyncio.Queue[Event]", stream: bool, choices: int, interval_s: Callable[[], float]
+    events: "asyncio.Queue[Event]",
+    ended: asyncio.Event,
+    stream: bool,
+    choices: int,
+    interval_s: Callable[[], float],
 ) -> AsyncIterator[Event]:
-    """The events, with the deltas of an interval as one a choice; without `stream`, all of a choice's as one."""
+    """The events, with the deltas of an interval as one a choice; without `stream`, all of a choice's as one.
+
+    Args:
+        ended: Set at the end of a choice, which is told at once.
+    """
     deltas: dict[int, list[Delta]] = {}
     going_on = choices
     while going_on:
@@ -262,7 +274,10 @@ async def _merged(
             for some in deltas.values():
                 yield _joined(some)
             deltas.clear()
-            await asyncio.sleep(interval_s())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s()):
+                    await ended.wait()
+            ended.clear()
 
 
 def _joined(deltas: list[Delta]) -> Delta:

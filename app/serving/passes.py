@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from app.serving.packed_linear import pack
 from app.serving.slot_cache import SlotCache, View
 
 
@@ -26,7 +27,8 @@ class Piece(NamedTuple):
 
 
 class Passes(Protocol):
-    """What the engine asks of a model. What comes of a piece depends on nothing but its own slot's tokens."""
+    """What the engine asks of a model. What comes of a piece depends on nothing but its own slot's tokens, but for
+    LLM.int8() with outliers, whose columns are those of all that a pass has."""
 
     cache: SlotCache
     prompt_tokens: int
@@ -40,12 +42,13 @@ class FittingPasses:
     """Pieces of prompts one by one, and single tokens together.
 
     Args:
-        model: Changed: its attention.
+        model: Changed: its attention, and how weights are laid out.
     """
 
     prompt_tokens = 512
 
     def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+        pack(model)
         self._model: Any = model
         self.cache = SlotCache(model, slots, context_tokens)
 

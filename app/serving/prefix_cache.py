@@ -33,7 +33,7 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
+        self.max_bytes, self._bytes = max_bytes, 0
         self._blocks: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     def get(self, key: bytes) -> torch.Tensor | None:
@@ -45,10 +45,10 @@ class PrefixCache:
 
     def put(self, key: bytes, block: torch.Tensor) -> None:
         """Keep a block, and let others go for it."""
-        if block.nbytes > self._max_bytes or key in self._blocks:
+        if block.nbytes > self.max_bytes or key in self._blocks:
             return
         self._blocks[key] = block
         self._bytes += block.nbytes
-        while self._bytes > self._max_bytes:
+        while self._bytes > self.max_bytes:
             _, oldest = self._blocks.popitem(last=False)
             self._bytes -= oldest.nbytes

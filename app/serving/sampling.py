@@ -95,7 +95,8 @@ def _of_all(probabilities_BV: torch.Tensor, drawn_B1: torch.Tensor) -> torch.Ten
     cumulated = _cumulated(probabilities_BV)
     mass = cumulated[:, -1:]
     below = torch.minimum(drawn_B1 * mass, mass.nextafter(torch.zeros_like(mass)))
-    return torch.searchsorted(cumulated, below, right=True).squeeze(1)
+    # Beyond the last one: a model that gave no numbers.
+    return torch.searchsorted(cumulated, below, right=True).squeeze(1).clamp_max(probabilities_BV.shape[1] - 1)
 
 
 def _of_most_probable(probabilities_BV: torch.Tensor, drawn_B1: torch.Tensor, top_ps_B1: torch.Tensor) -> torch.Tensor:

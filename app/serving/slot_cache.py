@@ -104,7 +104,9 @@ class SlotCache(Cache):
         super().__init__(layers=list(self._slot_layers))
         self.view: PassView = View([0], [0], 1, model.dtype)
         """What the coming pass works on."""
-        if model.config._attn_implementation == "sdpa":
+        implementation = model.config._attn_implementation
+        # The latter where passes of another kind were tried before.
+        if implementation == "sdpa" or implementation.startswith("rayloop_slots_"):
             name = f"rayloop_slots_{id(self)}"
             AttentionInterface.register(name, self.attention)
             AttentionMaskInterface.register(name, sdpa_mask)

@@ -25,6 +25,7 @@ from app.errors import ModelError
 from app.serving.engine import Engine
 from app.serving.engines import EngineFull
 from app.serving.fixed_passes import FixedPasses
+from app.serving.flat_passes import FlatPasses
 from app.serving.passes import FittingPasses
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.sampling import Draw, choose
@@ -214,6 +215,36 @@ def test_a_model_with_grouped_heads_is_served_alike(float_folder: Path) -> None:
     assert replies(net, tokenizer, [[5, 6, 7], [9, 8, 7, 6, 5, 4]]) == plain(net, [[5, 6, 7], [9, 8, 7, 6, 5, 4]])
 
 
+def test_heads_that_are_too_large_for_the_quick_attention_are_attended_to_by_torchs(float_folder: Path) -> None:
+    _, tokenizer = models.load(float_folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=520, max_position_embeddings=256,
+    )  # fmt: skip
+    net = LlamaForCausalLM(config).eval()
+    assert FlatPasses.takes(net)
+    long = [token % 50 + 5 for token in range(100)]
+    assert replies(net, tokenizer, [[5, 6, 7], long], 256) == plain(net, [[5, 6, 7], long])
+
+
+class FewAtOnce(FlatPasses):
+    prompt_tokens = 64
+
+
+def test_who_came_first_is_read_first(float_folder: Path) -> None:
+    asking = Asking(float_folder, slots=3, passes=FewAtOnce)
+    clients = [Client() for _ in range(12)]
+    requests = [
+        submit(asking.engine, asking.tokenizer, [number + 5] * 60, GREEDY, 1, client)
+        for number, client in enumerate(clients)
+    ]
+    assert all(client.done.wait(30) for client in clients)
+    asking.engine.stop()
+    told = [request.first_token_s for request in requests]
+    assert told == sorted(told)
+
+
 def test_a_model_without_a_key_value_cache_is_refused_when_it_is_loaded(float_folder: Path) -> None:
     _, tokenizer = models.load(float_folder)
     net = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4))
@@ -221,8 +252,10 @@ def test_a_model_without_a_key_value_cache_is_refused_when_it_is_loaded(float_fo
         Engine(net.eval(), tokenizer, 2, 64, 2)
 
 
-def replies(net: PreTrainedModel, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    engine = Engine(net, tokenizer, 2, 64, 4)
+def replies(
+    net: PreTrainedModel, tokenizer: Any, prompts: Sequence[list[int]], context_tokens: int = 64
+) -> list[list[int]]:
+    engine = Engine(net, tokenizer, 2, context_tokens, 4)
     clients, requests = [Client() for _ in prompts], []
     for prompt, client in zip(prompts, clients, strict=True):
         requests.append(submit(engine, tokenizer, prompt, GREEDY, 20, client))
