@@ -391,7 +391,7 @@ def main() -> None:
                 engine.stop()
         except Exception as error:  # what else was measured is kept
             keep(f"{name}: failed", f"{type(error).__name__}: {error}")
-        engine = None  # type: ignore[assignment]
+        engine = None  # type: ignore[assignment]  # its memory is for the next one
         gc.collect()
         torch.cuda.empty_cache() if on_gpu else None
     if not given.only or "peers" in given.only:
@@ -403,7 +403,7 @@ def main() -> None:
             )
         try:
             keep("transformers, continuous batching", [continuous(model, requests, 256)])
-        except Exception as error:
+        except Exception as error:  # as above; it is told in the table
             keep("transformers, continuous batching: failed", f"{type(error).__name__}: {error}")
 
 

@@ -34,7 +34,7 @@ from app.serving.schema import Refused
 logger = logging.getLogger(__name__)
 Kind = Callable[[PreTrainedModel, int, int], Passes]
 Planned = tuple[Piece, bytes | None]
-"""Of the coming pass, and what it is known by where it is a block."""
+"""Of the coming pass, and what it is known by where it is a block: where not, a token is chosen after it."""
 
 
 class Engine:
@@ -216,18 +216,19 @@ class Engine:
     def _pass(self) -> None:
         """One more token for each reply that is being written, and more of the prompts of those that are not yet."""
         planned: list[Planned] = [one.newest(slot) for slot, one in enumerate(self._running) if one.is_read]
-        steps = len(planned)
-        known: set[bytes] = set()
+        left, known = self._passes.prompt_tokens, set[bytes]()
         # Who came first is read first: slots change hands.
         for slot, one in sorted(enumerate(self._running), key=lambda its: its[1].number):
             if not one.is_read:
-                planned += self._prompt_pieces(slot, one, known, self._left(planned[steps:]))
+                pieces = self._prompt_pieces(slot, one, known, left)
+                left -= sum(len(piece.ids) for piece, _ in pieces)
+                planned += pieces
         logits_BV = self._passes.run([piece for piece, _ in planned])
         ends = []
         for number, (piece, known_by) in enumerate(planned):
             if known_by is not None:
                 self._keep(known_by, piece)
-            elif number < steps or self._running[piece.slot].is_read:
+            else:
                 ends.append((piece.slot, number))
         if ends:
             # By slot: whoever is drawn for first, last or in the middle draws from a generator of its own.
@@ -237,11 +238,6 @@ class Engine:
     def _keep(self, known_by: bytes, piece: Piece) -> None:
         if self._prefixes.max_bytes:
             self._prefixes.put(known_by, self._passes.cache.block(piece.slot, piece.begin, BLOCK_TOKENS))
-
-    def _left(self, planned: Sequence[Planned]) -> int:
-        """Prompt tokens that the coming pass may still read; at least the first piece is."""
-        read = sum(len(piece.ids) for piece, _ in planned)
-        return self._passes.prompt_tokens - read if planned else self._passes.prompt_tokens + BLOCK_TOKENS
 
     def _prompt_pieces(self, slot: int, one: "_Running", known: set[bytes], tokens: int) -> list[Planned]:
         """What is read of a prompt in the coming pass, with what blocks are known by; what was read earlier is copied.

@@ -163,6 +163,7 @@ def _recorder(model: PreTrainedModel) -> Callable[[Callable[[], None]], Callable
 
 
 def _lengths(longest: int) -> list[int]:
+    """The longest first: what is recorded later fits into the memory that it has taken."""
     lengths = [longest]
     step = BLOCK_TOKENS
     while step < longest:

@@ -32,7 +32,7 @@ class Passes(Protocol):
 
     cache: SlotCache
     prompt_tokens: int
-    """Of prompts, that one run should read at most: running replies do not stall."""
+    """Of prompts, that one run reads at most, BLOCK_TOKENS or more: running replies do not stall."""
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Put them into their slots, those of a slot in their order; returns logits_BV, after each."""

@@ -4,6 +4,7 @@ Reply i is row i. The rows in use are always the first ones, so a forward pass t
 nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ LENGTH_STEP = 64
 in bfloat16 depended on the others in its batch: 15 of 30 seeded replies came out differently, now none."""
 
 
-class PassView:
+class PassView(ABC):
     """What one forward pass reads and writes of the cache; made once a pass, for all layers."""
 
     begin: int
@@ -30,14 +31,15 @@ class PassView:
     mask: torch.Tensor
     """What the model is given as its attention mask, with four axes; by it a pass is told from others' of the model."""
 
+    @abstractmethod
     def write(self, states: torch.Tensor, new: torch.Tensor) -> None:
         """Put the new tokens' keys or values, as the model has them, where they stand."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """All that the new tokens may attend to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
