@@ -79,6 +79,8 @@ start() {
     export RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_STATE_TRACKING=1
     # Nobody takes this machine away at short notice, and each watcher is a process.
     export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
+    # Between Serve's deployments by gRPC, with the cluster's token: a call takes half of what one by Ray's objects does.
+    export RAY_SERVE_USE_GRPC_BY_DEFAULT=${RAY_SERVE_USE_GRPC_BY_DEFAULT:-1}
     # Idle worker processes, 0.3 to 0.5 GB each, are kept up to the number of cores, not of logical CPUs.
     RAY_num_workers_soft_limit=$(nproc)
     export RAY_num_workers_soft_limit

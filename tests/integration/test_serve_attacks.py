@@ -1,6 +1,8 @@
 """Requests that are made to hurt: each is refused at once, in OpenAI's shape, and costs the replica next to nothing."""
 
 import json
+import os
+import pickle
 import re
 import socket
 import time
@@ -8,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from app import deployment
 from tests.answering_model import ANSWERS
@@ -106,6 +110,49 @@ def test_a_body_without_a_length_is_given_up_once_it_is_too_large(
     assert most - before < GROWTH_BYTES
     assert answers(http)
     fault.recovered()
+
+
+class _Runs:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._folder),)
+
+
+@pytest.mark.fault("S2", seen="with the cluster's token the same call was unpickled")
+def test_the_ports_on_which_replicas_hear_each_other_want_the_token(
+    service: Service, tmp_path: Path, fault: Fault
+) -> None:
+    ports = {
+        (replica["deployment"], listener.laddr.port)
+        for replica in deployment.replicas("support")
+        for listener in psutil.Process(replica["pid"]).net_connections("tcp")
+        if listener.status == psutil.CONN_LISTEN and listener.laddr.ip == "::"
+    }
+    assert {name for name, _ in ports} >= {"InputHandling", "LanguageModel-1", "ResponseManagement"}
+
+    def call(port: int, token: str | None, marker: Path) -> grpc.StatusCode | None:
+        attack = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(_Runs(marker)))
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                metadata = [("authorization", f"Bearer {token}")] if token else []
+                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(attack, metadata=metadata, timeout=20)
+            except grpc.RpcError as error:
+                return error.code()
+        return None
+
+    for name, port in sorted(ports):
+        for token in (None, "wrong", service.api_key):
+            marker = tmp_path / f"{name}-{token}"
+            assert call(port, token, marker) == grpc.StatusCode.UNAUTHENTICATED
+            assert not marker.exists(), f"{name} unpickled what a stranger sent"
+    _, port = min(ports)
+    call(port, os.environ["RAY_AUTH_TOKEN"], tmp_path / "right")
+    assert (tmp_path / "right").exists()
+    fault.happened()
 
 
 @pytest.mark.fault("S9", seen="the requests that carried them are in the log")
