@@ -5,21 +5,26 @@ after nobody refers to it any more, and a replica that is replaced after that co
 packaged into `code/<digest>.zip` below the storage root, and the application's runtime environment names that.
 """
 
-import contextlib
 import io
 import re
 import socket
 import time
 import zipfile
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.errors import ClusterError, ConfigError, StageFailed
 from app.storage import Storage
 from app.versions import APP
 
 POLL_S = 0.5
+RETRY_S = (0.5, 1.0, 2.0, 4.0)
+"""Waits before the dashboard is asked again where it could not reach Serve's controller."""
+UNHEALTHY_S = 15.0
+"""An application that is unhealthy for so long is given up: a single replica that is, Serve replaces sooner."""
+T = TypeVar("T")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGED = (".py", ".c", ".html", ".css", ".js")
 _SCHEMES = {"s3": "s3", "gs": "gs", "abfs": "abfss", "abfss": "abfss"}
@@ -118,13 +123,29 @@ def _client() -> Any:
     return ServeSubmissionClient(get_address_for_submission_client(None))
 
 
-@contextlib.contextmanager
-def _asking() -> Any:
+def _asked(ask: Callable[[Any], T]) -> T:
+    """What the dashboard says to a request that may be made twice.
+
+    Raises:
+        ClusterError: It cannot be reached, or refused the token.
+        StageFailed: Serve refused.
+    """
+    for wait_s in RETRY_S:
+        try:
+            return _asked_once(ask)
+        except StageFailed as failure:
+            if "ActorUnavailableError" not in failure.what:
+                raise
+            time.sleep(wait_s)  # the controller could not be reached for a moment
+    return _asked_once(ask)
+
+
+def _asked_once(ask: Callable[[Any], T]) -> T:
     from ray.exceptions import AuthenticationError
     from requests import RequestException
 
     try:
-        yield
+        return ask(_client())
     except (ConnectionError, RequestException) as error:
         raise ClusterError(
             f"the Ray dashboard cannot be reached ({error})", "check that the cluster runs and RAY_API_SERVER_ADDRESS"
@@ -132,12 +153,12 @@ def _asking() -> Any:
     except AuthenticationError as error:
         raise ClusterError(f"the Ray dashboard refused the token ({error})", "set RAY_AUTH_TOKEN_PATH") from error
     except RuntimeError as error:
-        raise StageFailed(f"Ray Serve refused: {error}") from error
+        said = str(error)
+        raise StageFailed(f"Ray Serve refused: {_brief(said) if 'Traceback' in said else said}") from error
 
 
 def _details() -> dict[str, Any]:
-    with _asking():
-        details: dict[str, Any] = _client().get_serve_details()
+    details: dict[str, Any] = _asked(lambda client: client.get_serve_details())
     return details
 
 
@@ -154,16 +175,14 @@ def _configs(details: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _put(applications: dict[str, dict[str, Any]], options: dict[str, Any]) -> None:
     local = options["host"] in ("127.0.0.1", "localhost", "::1")
-    with _asking():
-        _client().deploy_applications(
-            {
-                "applications": list(applications.values()),
-                "http_options": options,
-                "proxy_location": "HeadOnly" if local else "EveryNode",
-                # Paths and statuses are in our own log; bodies and headers are nowhere.
-                "logging_config": {"enable_access_log": False},
-            }
-        )
+    wanted = {
+        "applications": list(applications.values()),
+        "http_options": options,
+        "proxy_location": "HeadOnly" if local else "EveryNode",
+        # Paths and statuses are in our own log; bodies and headers are nowhere.
+        "logging_config": {"enable_access_log": False},
+    }
+    _asked(lambda client: client.deploy_applications(wanted))
 
 
 def _http_options(details: dict[str, Any], http: dict[str, Any] | None) -> dict[str, Any]:
@@ -197,12 +216,15 @@ def _http_options(details: dict[str, Any], http: dict[str, Any] | None) -> dict[
 
 def _wait_until_running(name: str, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
-    application: dict[str, Any] = {}
+    well_s, application = time.monotonic(), dict[str, Any]()
     while time.monotonic() < deadline_s:
         application = _details().get("applications", {}).get(name, {})
-        if application.get("status") == "RUNNING":
+        status = application.get("status")
+        if status == "RUNNING":
             return
-        if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+        if status != "UNHEALTHY":
+            well_s = time.monotonic()
+        if status == "DEPLOY_FAILED" or time.monotonic() - well_s > UNHEALTHY_S:
             raise StageFailed(f"application {name} could not be deployed: {_said(application)}")
         time.sleep(POLL_S)
     raise StageFailed(

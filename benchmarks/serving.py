@@ -3,10 +3,12 @@
     python -m benchmarks.serving --part engine --model 7m --users 1 --users 16 --repetitions 3
     python -m benchmarks.serving --part application
     python -m benchmarks.serving --part serve
+    python -m benchmarks.serving --part scaling --model 30m
 
 engine       our engine behind uvicorn and nothing else, and peers on the same model folder and the same requests
 application  the application on Ray Serve as users deploy it, against the same engine behind uvicorn
 serve        Ray Serve around a constant, its defaults against other settings
+scaling      two replicas with and without routing by prefix; a burst of eight times the users; from zero replicas
 
 Models are random Llamas in bfloat16, prompts and lengths of replies those of real conversations (../shared/data; the
 embedded shop where it is missing). Every server writes greedily and to the same length: the end token's embedding is
@@ -92,7 +94,7 @@ def _plain_texts(folder: Path, file: Path, count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("engine", "application", "serve"), action="append")
+    parser.add_argument("--part", choices=("engine", "application", "serve", "scaling"), action="append")
     parser.add_argument("--model", choices=tuple(SHAPES), action="append")
     parser.add_argument("--users", type=int, action="append")
     parser.add_argument("--rate", type=float, action="append", default=[], help="Poisson arrivals a second")
@@ -101,16 +103,20 @@ def main() -> None:
         "--only", default="ours,ours_1,ours_2,vllm,static,openvino,transformers", help="servers of part engine"
     )
     parser.add_argument("--setting", action="append", help="some of part serve's settings, and `defaults`")
-    parser.add_argument("--variable", action="append", default=[], help="NAME=VALUE, of part application's head")
+    parser.add_argument("--variable", action="append", default=[], help="NAME=VALUE, of the application's head")
     parser.add_argument("--no-texts", dest="texts", action="store_false", help="do not compare with plain generate")
     given = parser.parse_args()
     given.users, given.model = given.users or [1, 4, 8, 16, 32], given.model or list(SHAPES)
     FOLDER.mkdir(parents=True, exist_ok=True)
     parts = {"engine": engine_part}
-    if any(part in ("application", "serve") for part in given.part or ("all",)):
-        from benchmarks import serving_application
+    if any(part != "engine" for part in given.part or ("all",)):
+        from benchmarks import serving_application, serving_scaling
 
-        parts |= {"application": serving_application.application_part, "serve": serving_application.serve_part}
+        parts |= {
+            "application": serving_application.application_part,
+            "serve": serving_application.serve_part,
+            "scaling": serving_scaling.scaling_part,
+        }
     for part in given.part or parts:
         for title, lines in parts[part](given):
             kept = {"title": title, "heading": measured.heading(), "command": sys.argv[1:], "lines": lines}

@@ -14,8 +14,11 @@ from typing import Any
 from benchmarks import serving_servers as serving
 from benchmarks.serving_servers import FOLDER, HOME, Figures, Server
 
+MODEL = "bench"
+"""What the served model is called."""
 LOW_RATE = 2.0
 """Arrivals a second at which requests hardly meet."""
+OPTIMIZED = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "defaults": ({}, {}, ""),
     "no access log": ({}, {"access_log": False}, "safe: what is lost is a line a request in Serve's own log"),
@@ -30,18 +33,22 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}, {},
         "a blocking call of the user's freezes health checks",
     ),
-    "gRPC between proxy and replica": ({"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}, {}, "no token between them"),
+    "gRPC between proxy and replica": (
+        {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}, {}, "safe: Ray's token is asked for, on ports that replicas open anyway"
+    ),
+    "gRPC and HAProxy": (
+        {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}, {},
+        "HAProxy's metrics and statistics (ports 9101 and 8404) are open on all interfaces",
+    ),
     "throughput optimised, through the proxy": (
-        {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}, {"access_log": False},
+        {**OPTIMIZED, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}, {"access_log": False},
         "all of the above, and what their safety costs",
     ),
     "direct ingress": (
         {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "1"}, {"access_log": False},
         "a port a replica: somebody must balance and follow them",
     ),
-    "throughput optimised, direct ingress": (
-        {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}, {"access_log": False}, "as the two above"
-    ),
+    "throughput optimised, direct ingress": (OPTIMIZED, {"access_log": False}, "as the two above"),
 }  # fmt: skip
 """Environment of the head, options of the deployment, and how safe that is."""
 CONCURRENT = 32
@@ -80,44 +87,46 @@ def processes_of(environment: Mapping[str, str]) -> tuple[int, ...]:
     return tuple(marked)
 
 
+def variant_of(folder: Path, name: str = MODEL, **settings: Any) -> dict[str, Any]:
+    """A model folder as `serving.variants` names it."""
+    return {"name": name, "model": MODEL, "version": "1", "uri": str(folder), **settings}
+
+
+def deployed(environment: Mapping[str, str], settings: Mapping[str, Any], requests: Path) -> Server:
+    """The application on a head as `jobs.serve` deploys it, with these settings of `serving`."""
+    port = int(environment["RAYLOOP_HTTP_PORT"])
+    common = {
+        "port": port, "context_tokens": serving.CONTEXT_TOKENS, "max_batch_slots": serving.SLOTS,
+        "handover": {"min_reply_confidence": 0.0},
+    }  # fmt: skip
+    config = FOLDER / "application.json"
+    config.write_text(json.dumps({"storage": {"uri": str(FOLDER / "store")}, "serving": {**common, **settings}}))
+    key = Path(environment["RAYLOOP_API_KEY_FILE"]).read_text().strip()
+    command = [sys.executable, "-W", "ignore", "-m", "jobs.serve", "--config", str(config)]
+    given_key = {**environment, "RAYLOOP_API_KEY": key}
+    done = subprocess.run(command, env=given_key, cwd=HOME, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"jobs.serve ended with {done.returncode}: {(done.stdout + done.stderr)[-3_000:]}")
+    url, others = f"http://127.0.0.1:{port}/v1/chat/completions", processes_of(environment)
+    return Server("application", others[0], url, {"Authorization": f"Bearer {key}"}, requests, others)
+
+
 def application_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """The application against the engine behind uvicorn, one thread each, on the same requests."""
     for size in given.model:
         folder, requests = serving.model_folder(size), serving.requests_files(size)["messages"]
         variables = dict(variable.split("=", 1) for variable in given.variable)
+        bodies = json.loads(requests.read_text())
+        for each in bodies:
+            each["body"]["model"] = MODEL
+        ours = FOLDER / f"{size}-application.json"
+        ours.write_text(json.dumps(bodies))
         with head("application", variables) as environment, serving.server("ours_1", size) as bare:
-            port = int(environment["RAYLOOP_HTTP_PORT"])
-            variant = {"name": "bench", "model": "bench", "version": "1", "uri": str(folder)}
-            config = FOLDER / "application.json"
-            config.write_text(
-                json.dumps(
-                    {
-                        "storage": {"uri": str(FOLDER / "store")},
-                        "serving": {
-                            "port": port, "variants": [variant], "context_tokens": serving.CONTEXT_TOKENS,
-                            "max_batch_slots": serving.SLOTS, "handover": {"min_reply_confidence": 0.0},
-                        },
-                    }
-                )
-            )  # fmt: skip
-            key = (FOLDER / "state-application" / "api_key").read_text().strip()
-            command = [sys.executable, "-W", "ignore", "-m", "jobs.serve", "--config", str(config)]
-            given_key = {**environment, "RAYLOOP_API_KEY": key}
-            done = subprocess.run(command, env=given_key, cwd=HOME, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"jobs.serve ended with {done.returncode}: {(done.stdout + done.stderr)[-3_000:]}")
-            bodies = json.loads(requests.read_text())
-            for each in bodies:
-                each["body"]["model"] = "bench"
-            ours = FOLDER / f"{size}-application.json"
-            ours.write_text(json.dumps(bodies))
-            url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            others = processes_of(environment)
-            served = Server("application", others[0], url, {"Authorization": f"Bearer {key}"}, ours, others)
+            served = deployed(environment, {"variants": [variant_of(folder)]}, ours)
             bare = Server("ours_1", bare.pid, bare.url, {}, requests)
             loads: list[dict[str, Any]] = [{"users": users} for users in given.users] + [{"rate": LOW_RATE}]
             found = serving.compare([bare, served], loads, given.repetitions)
-        yield f"Application, {size}", [*serving.table(found), "", *_price(found)]
+        yield ", ".join(["Application", size, *given.variable]), [*serving.table(found), "", *_price(found)]
 
 
 def _price(found: list[tuple[Any, ...]]) -> list[str]:
@@ -142,10 +151,15 @@ def serve_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             if name not in (given.setting or SETTINGS):
                 continue
             direct = serving.free_port()
-            variables = variables | {
-                "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
-                "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 50),
-            }
+            # The local head's own default is gRPC, Ray's is not.
+            variables = (
+                {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "0"}
+                | variables
+                | {
+                    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
+                    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 50),
+                }
+            )
             with head("serve", variables) as environment:
                 port = int(environment["RAYLOOP_HTTP_PORT"])
                 command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.constant", str(port)]

@@ -3,8 +3,9 @@
     python -m benchmarks.serving_client http://127.0.0.1:8000/v1/completions REQUESTS.json '{"users": 16, "seconds": 8}'
     python -m benchmarks.serving_client URL REQUESTS.json '{"rate": 4.0, "seconds": 8}'       # Poisson arrivals
 
-REQUESTS.json: a list of {"body": ..., "tokens": ...}; a reply has exactly so many tokens. The same requests are sent
-in the same order to all servers. Prints one line of JSON. It speaks HTTP over plain sockets, so that the load takes
+REQUESTS.json: a list of {"body": ..., "tokens": ...}; a reply has exactly so many tokens. A list of such instead is a
+conversation, whose turns one user sends one after another. The same requests are sent in the same order to all servers,
+from the number `begin` on. Prints one line of JSON. It speaks HTTP over plain sockets, so that the load takes
 little of the cores that it shares with the server: about 0.15 ms a request and 0.03 ms a chunk.
 
 Source: vLLM, vllm/benchmarks/serve.py: TTFT is the time to the first chunk with text, ITL the time from a chunk to the
@@ -38,6 +39,9 @@ class Sent:
     chunks_s: list[float] = field(default_factory=list)
     text: str = ""
     failure: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, that the server had read before; where the request asks for the usage."""
 
     @property
     def ttft_s(self) -> float:
@@ -72,7 +76,11 @@ class Client:
                 if not line.startswith(b"data: {"):
                     continue
                 now_s = time.monotonic()
-                choice = next(iter(json.loads(line[6:]).get("choices") or []), {})
+                chunk = json.loads(line[6:])
+                if usage := chunk.get("usage"):
+                    sent.prompt_tokens = usage["prompt_tokens"]
+                    sent.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                choice = next(iter(chunk.get("choices") or []), {})
                 if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
                     sent.chunks_s.append(now_s)
                     sent.text += text
@@ -113,7 +121,7 @@ class Client:
             writer.close()
 
 
-async def closed(client: Client, requests: list[dict[str, Any]], users: int, seconds: float) -> list[Sent]:
+async def closed(client: Client, requests: list[Any], users: int, seconds: float) -> list[Sent]:
     """So many users, each of whom sends the next request when the reply to the last is complete."""
     done: list[Sent] = []
     left = iter(requests * 1_000)
@@ -121,7 +129,9 @@ async def closed(client: Client, requests: list[dict[str, Any]], users: int, sec
 
     async def user() -> None:
         while time.monotonic() < end_s:
-            done.append(await client.send(next(left)))
+            request = next(left)
+            for turn in request if isinstance(request, list) else [request]:
+                done.append(await client.send(turn))
 
     await asyncio.gather(*(user() for _ in range(users)))
     return done
@@ -172,6 +182,7 @@ def figures(done: list[Sent], begun_s: float) -> dict[str, Any]:
         "failure": next((sent.failure for sent in done if sent.failure), ""),
         "client_cpu_s": times.user + times.system,
         "chunks": sum(len(sent.chunks_s) for sent in good),
+        "cached": sum(sent.cached_tokens for sent in good) / max(1, sum(sent.prompt_tokens for sent in good)),
         **_quantiles("ttft_s", [sent.ttft_s for sent in good]),
         **_quantiles("tpot_s", [sent.tpot_s for sent in good if sent.tokens > 1 and len(sent.chunks_s) > 1]),
         **_quantiles("itl_s", gaps),
@@ -186,6 +197,7 @@ def _quantiles(name: str, values: list[float]) -> dict[str, float]:
 async def main(url: str, file: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One run as the settings have it."""
     requests = json.loads(Path(file).read_text())
+    requests = [*requests[settings.get("begin", 0) :], *requests[: settings.get("begin", 0)]]
     client = Client(url, settings.get("headers", {}))
     if settings.get("texts"):
         return {"texts": [(await client.send(request)).text for request in requests[: settings["texts"]]]}

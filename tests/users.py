@@ -112,7 +112,7 @@ class Users(threading.Thread):
         super().__init__(daemon=True)
         self._url, self._key, self._number, self._body, self._pause_s = url, key, number, body, pause_s
         self._questions, self._chances = list(questions), [random.Random(chance.random()) for _ in range(number)]
-        self._ended = threading.Event()
+        self._ended, self._held = threading.Event(), threading.Event()
         self.all: list[Asked] = []
         self.failure: BaseException | None = None
 
@@ -142,11 +142,22 @@ class Users(threading.Thread):
         headers = {"Authorization": f"Bearer {self._key}"}
         async with httpx.AsyncClient(base_url=self._url, headers=headers, timeout=150) as client:
             while not self._ended.is_set():
+                if self._held.is_set():
+                    await asyncio.sleep(0.01)
+                    continue
                 asked = Asked(chance.choice(self._questions), chance.random() < 0.5, time.monotonic())
                 self.all.append(asked)
                 await ask(client, asked, self._body(asked.question))
                 # Who was refused does not ask again at once.
                 await asyncio.sleep(self._pause_s if asked.is_answered else 0.2)
+
+    def hold(self) -> None:
+        """Ask nothing new, until `go_on`."""
+        self._held.set()
+
+    def go_on(self) -> None:
+        """Ask again."""
+        self._held.clear()
 
     @property
     def ended(self) -> list[Asked]:

@@ -139,27 +139,33 @@ def told(asked: list[Asked]) -> str:
 def test_a_killed_replica_costs_at_most_what_was_in_flight_on_it(shop: Shop, fault: Fault) -> None:
     shop.serve("serving.language_model.replicas=2")
     before = eventually(lambda: len(running("LanguageModel")) == 2 and running("LanguageModel"))
-    answers = {**ANSWERS, ENDLESS: shop.ask(ENDLESS, max_tokens=60).text}
-    with shop.users(16, fault.random, answers, body=lambda question: {"max_tokens": 60}) as users:
+    answers = {**ANSWERS, ENDLESS: shop.ask(ENDLESS, max_tokens=200).text}
+    questions = [*ANSWERS, *[ENDLESS] * len(ANSWERS)]
+    with Users(shop.url, shop.key, 16, questions, fault.random, body=lambda question: {"max_tokens": 200}) as users:
         users.answers_after(40)
         time.sleep(fault.random.uniform(0, 2))
         victim = fault.random.choice(sorted(before))
         actor = ray.get_actor(before[victim]["actor_name"], namespace="serve")
-        while (on_it := ray.get(actor.get_num_ongoing_requests.remote(), timeout=60)) < 4:
-            time.sleep(0.01)
-        told_s = time.monotonic()
+        while True:
+            users.hold()
+            time.sleep(0.3)  # what is on its way arrives
+            on_it = ray.get(actor.get_num_ongoing_requests.remote(), timeout=60)
+            if on_it >= 3:
+                break
+            users.go_on()
+            time.sleep(fault.random.uniform(0.2, 0.6))
         os.kill(victim, signal.SIGKILL)
         killed_s, in_flight = time.monotonic(), users.open
         fault.happened()
+        users.go_on()
         eventually(lambda: len(running("LanguageModel").keys() - {victim}) == 2)
         fault.recovered()
         ready_s = time.monotonic() - killed_s
         users.answers_after(40)
     assert gone(victim)
     assert users.wrong(answers) == []
-    came_between = [asked for asked in users.all if told_s <= asked.begun_s <= killed_s]
     assert [asked for asked in users.failed if asked not in in_flight] == [], "only what was under way may fail"
-    assert 0 < len(users.failed) <= on_it + len(came_between), told(users.failed)
+    assert 0 < len(users.failed) <= on_it, told(users.failed)
     assert [asked for asked in users.failed if asked.is_silent] == [], "a stream that is cut says so"
     assert {(asked.status, asked.error) for asked in users.failed if not asked.stream} <= {(503, "service_unavailable")}
     assert {asked.error for asked in users.failed} == {"service_unavailable"}
@@ -799,8 +805,12 @@ def test_answers_are_exact_while_calls_between_processes_fail_and_are_late(
     chaos = {"RAY_testing_rpc_failure": json.dumps(failures), "RAY_testing_asio_delay_us": ",".join(late)}
     head = own(tmp_path, model_folder, "sk-own", 2_000, **chaos)
     try:
-        # The job itself is not disturbed: it talks to the dashboard.
-        ended = head.job()
+        # Serve gives a deployment up whose start fails three times; then the same command is given again.
+        for _ in range(3):
+            ended = head.job()
+            if not ended.returncode:
+                break
+            assert "application support could not be deployed" in ended.stdout, ended.stdout + ended.stderr
         assert ended.returncode == 0, ended.stdout + ended.stderr
         with Users(head.url, head.key, 6, list(ANSWERS), fault.random) as users:
             users.answers_after(150, within_s=240)

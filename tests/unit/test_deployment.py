@@ -1,6 +1,7 @@
 import socket
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -10,7 +11,7 @@ from ray._common.runtime_env_uri import Protocol
 
 from app import deployment
 from app.deployment import package_code
-from app.errors import ClusterError, ConfigError
+from app.errors import ClusterError, ConfigError, StageFailed
 from app.storage import Storage
 from app.versions import APP
 
@@ -106,3 +107,45 @@ def test_what_serve_says_is_told_without_its_traceback() -> None:
         "in a row. See controller logs for details. Error: app.errors.ModelError: /empty/config.json cannot be read: "
         "the folder must hold a whole model"
     )
+
+
+def test_a_controller_that_cannot_be_reached_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = (
+        'Request failed with status code 500: Traceback (most recent call last):\n  File "x.py", line 1\n'
+        "ray.exceptions.ActorUnavailableError: The actor 17 is unavailable.\n."
+    )
+    answers: list[Any] = [RuntimeError(lost), RuntimeError(lost), {"applications": {}}]
+
+    class Client:
+        def get_serve_details(self) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(deployment, "_client", Client)
+    monkeypatch.setattr(deployment, "RETRY_S", (0.0, 0.0))
+    assert deployment._details() == {"applications": {}}
+    answers += [RuntimeError(lost)] * 3
+    with pytest.raises(StageFailed) as caught:
+        deployment._details()
+    assert caught.value.what == (
+        "Ray Serve refused: Request failed with status code 500: Traceback (most recent call last): "
+        "ray.exceptions.ActorUnavailableError: The actor 17 is unavailable."
+    )
+    answers += [RuntimeError("Request failed with status code 400: no such application.")]
+    with pytest.raises(StageFailed, match="no such application"):
+        deployment._details()
+    assert answers == []
+
+
+def test_a_deployment_that_is_unhealthy_for_a_moment_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ["DEPLOYING", "UNHEALTHY", "DEPLOYING", "UNHEALTHY", "RUNNING"]
+    monkeypatch.setattr(
+        deployment, "_details", lambda: {"applications": {"a": {"status": states.pop(0) if states else "UNHEALTHY"}}}
+    )
+    monkeypatch.setattr(deployment, "POLL_S", 0.01)
+    monkeypatch.setattr(deployment, "UNHEALTHY_S", 0.1)
+    deployment._wait_until_running("a", 5.0)
+    with pytest.raises(StageFailed, match="could not be deployed"):
+        deployment._wait_until_running("a", 5.0)
