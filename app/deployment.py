@@ -5,6 +5,7 @@ after nobody refers to it any more, and a replica that is replaced after that co
 packaged into `code/<digest>.zip` below the storage root, and the application's runtime environment names that.
 """
 
+import contextlib
 import io
 import re
 import socket
@@ -22,12 +23,14 @@ from app.versions import APP
 POLL_S = 0.5
 RETRY_S = (0.5, 1.0, 2.0, 4.0)
 """Waits before the dashboard is asked again where it could not reach Serve's controller."""
-UNHEALTHY_S = 15.0
-"""An application that is unhealthy for so long is given up: a single replica that is, Serve replaces sooner."""
 T = TypeVar("T")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PACKAGED = (".py", ".c", ".html", ".css", ".js")
 _SCHEMES = {"s3": "s3", "gs": "gs", "abfs": "abfss", "abfss": "abfss"}
+
+
+class _Unreachable(StageFailed):
+    """The dashboard cannot reach Serve's controller; it may have done what it was told to."""
 
 
 def package_code(storage: Storage) -> str:
@@ -74,15 +77,20 @@ def deploy(application: dict[str, Any], http: dict[str, Any] | None = None, time
     details = _details()
     options = _http_options(details, http)
     before = _configs(details)
-    _put({**before, application["name"]: application}, options)
+    name = application["name"]
     try:
-        _wait_until_running(application["name"], timeout_s)
+        _put({**before, name: application}, options)
+        _wait_until_running(name, timeout_s)
     except StageFailed as failure:
-        _put(before, options)
-        name = application["name"]
+        try:
+            _put(before, options)
+            if name in before:
+                _wait_until_running(name, timeout_s)
+        except (StageFailed, ClusterError) as second:
+            what = f"{failure.what}. What ran before could not be deployed again: {second.what}"
+            raise StageFailed(what, failure.remedy) from failure
         if name not in before:
             raise
-        _wait_until_running(name, timeout_s)
         raise StageFailed(f"{failure.what}. What ran before is serving again", failure.remedy) from None
     return time.monotonic() - begun_s
 
@@ -123,29 +131,27 @@ def _client() -> Any:
     return ServeSubmissionClient(get_address_for_submission_client(None))
 
 
-def _asked(ask: Callable[[Any], T]) -> T:
-    """What the dashboard says to a request that may be made twice.
+def _with_retries(request: Callable[[Any], T]) -> T:
+    """What the dashboard answers to a request that may be made twice.
 
     Raises:
         ClusterError: It cannot be reached, or refused the token.
-        StageFailed: Serve refused.
+        StageFailed: Serve refused, or its controller cannot be reached.
     """
     for wait_s in RETRY_S:
         try:
-            return _asked_once(ask)
-        except StageFailed as failure:
-            if "ActorUnavailableError" not in failure.what:
-                raise
-            time.sleep(wait_s)  # the controller could not be reached for a moment
-    return _asked_once(ask)
+            return _answer(request)
+        except _Unreachable:
+            time.sleep(wait_s)
+    return _answer(request)
 
 
-def _asked_once(ask: Callable[[Any], T]) -> T:
+def _answer(request: Callable[[Any], T]) -> T:
     from ray.exceptions import AuthenticationError
     from requests import RequestException
 
     try:
-        return ask(_client())
+        return request(_client())
     except (ConnectionError, RequestException) as error:
         raise ClusterError(
             f"the Ray dashboard cannot be reached ({error})", "check that the cluster runs and RAY_API_SERVER_ADDRESS"
@@ -154,11 +160,13 @@ def _asked_once(ask: Callable[[Any], T]) -> T:
         raise ClusterError(f"the Ray dashboard refused the token ({error})", "set RAY_AUTH_TOKEN_PATH") from error
     except RuntimeError as error:
         said = str(error)
+        if "ActorUnavailableError" in said:
+            raise _Unreachable(f"Ray Serve's controller cannot be reached: {_brief(said)}", "try again") from error
         raise StageFailed(f"Ray Serve refused: {_brief(said) if 'Traceback' in said else said}") from error
 
 
 def _details() -> dict[str, Any]:
-    details: dict[str, Any] = _asked(lambda client: client.get_serve_details())
+    details: dict[str, Any] = _with_retries(lambda client: client.get_serve_details())
     return details
 
 
@@ -182,7 +190,7 @@ def _put(applications: dict[str, dict[str, Any]], options: dict[str, Any]) -> No
         # Paths and statuses are in our own log; bodies and headers are nowhere.
         "logging_config": {"enable_access_log": False},
     }
-    _asked(lambda client: client.deploy_applications(wanted))
+    _with_retries(lambda client: client.deploy_applications(wanted))
 
 
 def _http_options(details: dict[str, Any], http: dict[str, Any] | None) -> dict[str, Any]:
@@ -216,15 +224,14 @@ def _http_options(details: dict[str, Any], http: dict[str, Any] | None) -> dict[
 
 def _wait_until_running(name: str, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
-    well_s, application = time.monotonic(), dict[str, Any]()
+    application: dict[str, Any] = {}
     while time.monotonic() < deadline_s:
-        application = _details().get("applications", {}).get(name, {})
-        status = application.get("status")
-        if status == "RUNNING":
+        # Without its controller nothing is known yet; one that is unhealthy gets another replica from Serve.
+        with contextlib.suppress(_Unreachable, ClusterError):
+            application = _details().get("applications", {}).get(name, {})
+        if application.get("status") == "RUNNING":
             return
-        if status != "UNHEALTHY":
-            well_s = time.monotonic()
-        if status == "DEPLOY_FAILED" or time.monotonic() - well_s > UNHEALTHY_S:
+        if application.get("status") == "DEPLOY_FAILED":
             raise StageFailed(f"application {name} could not be deployed: {_said(application)}")
         time.sleep(POLL_S)
     raise StageFailed(
@@ -244,6 +251,7 @@ def _said(application: dict[str, Any]) -> str:
 
 def _brief(message: str) -> str:
     """The first line of a message and, where a traceback follows, the error it ends with."""
-    lines = [line.strip() for line in _ANSI.sub("", message).splitlines() if line.strip()]
+    message = _ANSI.sub("", message).replace("Traceback (most recent call last):", "")
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Refused)\b", line)]
     return " ".join(dict.fromkeys([*lines[:1], *errors[-1:]]))

@@ -77,6 +77,8 @@ class Client:
                     continue
                 now_s = time.monotonic()
                 chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    sent.failure = str(chunk["error"])
                 if usage := chunk.get("usage"):
                     sent.prompt_tokens = usage["prompt_tokens"]
                     sent.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -87,7 +89,7 @@ class Client:
         except OSError as error:
             sent.failure = str(error)
         else:
-            if not sent.chunks_s:  # a reply of special tokens alone
+            if not sent.chunks_s and not sent.failure:  # a reply of special tokens alone
                 sent.chunks_s.append(time.monotonic())
         return sent
 
@@ -117,6 +119,7 @@ class Client:
                 yield line
                 if line.startswith(b"data: [DONE]"):
                     return
+            raise OSError("the stream ended before it was done")
         finally:
             writer.close()
 
@@ -160,7 +163,7 @@ async def plain(client: Client, connections: int, seconds: float) -> dict[str, A
         "requests_per_s": len(latencies) / took_s,
         "requests": len(latencies),
         "client_cpu_s": times.user + times.system,
-        **_quantiles("latency_s", latencies),
+        **percentiles("latency_s", latencies),
     }
 
 
@@ -183,13 +186,14 @@ def figures(done: list[Sent], begun_s: float) -> dict[str, Any]:
         "client_cpu_s": times.user + times.system,
         "chunks": sum(len(sent.chunks_s) for sent in good),
         "cached": sum(sent.cached_tokens for sent in good) / max(1, sum(sent.prompt_tokens for sent in good)),
-        **_quantiles("ttft_s", [sent.ttft_s for sent in good]),
-        **_quantiles("tpot_s", [sent.tpot_s for sent in good if sent.tokens > 1 and len(sent.chunks_s) > 1]),
-        **_quantiles("itl_s", gaps),
+        **percentiles("ttft_s", [sent.ttft_s for sent in good]),
+        **percentiles("tpot_s", [sent.tpot_s for sent in good if sent.tokens > 1 and len(sent.chunks_s) > 1]),
+        **percentiles("itl_s", gaps),
     }
 
 
-def _quantiles(name: str, values: list[float]) -> dict[str, float]:
+def percentiles(name: str, values: list[float]) -> dict[str, float]:
+    """Median and 99th of a hundred."""
     cuts = quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99 or [float("nan")] * 99
     return {f"{name}_p50": cuts[49], f"{name}_p99": cuts[98]}
 
@@ -197,7 +201,8 @@ def _quantiles(name: str, values: list[float]) -> dict[str, float]:
 async def main(url: str, file: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One run as the settings have it."""
     requests = json.loads(Path(file).read_text())
-    requests = [*requests[settings.get("begin", 0) :], *requests[: settings.get("begin", 0)]]
+    begin = settings.get("begin", 0) % max(1, len(requests))
+    requests = [*requests[begin:], *requests[:begin]]
     client = Client(url, settings.get("headers", {}))
     if settings.get("texts"):
         return {"texts": [(await client.send(request)).text for request in requests[: settings["texts"]]]}

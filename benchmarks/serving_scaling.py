@@ -33,7 +33,7 @@ def scaling_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     for size in given.model:
         with head("scaling", variables) as environment, patch.dict(os.environ, environment):
             yield f"Routing by prefix, {size}", _routing(environment, size, given.repetitions)
-            yield f"A burst, {size}", _burst(environment, size)
+            yield f"A burst, {size}", _burst(environment, size, given.repetitions)
             yield f"From zero, {size}", _zero(environment, size, given.repetitions)
 
 
@@ -89,6 +89,8 @@ def _talks(size: str) -> Path:
             turns.append({"body": body, "tokens": tokens})
         if len(turns) >= MIN_TURNS:
             talks.append(turns)
+    if len(talks) < 2 * PREFIX_USERS:
+        raise RuntimeError(f"only {len(talks)} conversations have {MIN_TURNS} answers that fit")
     file = FOLDER / f"{size}-talks.json"
     file.write_text(json.dumps(talks))
     return file
@@ -103,6 +105,7 @@ class Crowd(threading.Thread):
         self._requests = json.loads(served.requests.read_text())
         self._users, self._stopping = users, threading.Event()
         self.sent: list[Sent] = []
+        self.failure: BaseException | None = None
 
     def __enter__(self) -> "Crowd":
         self.start()
@@ -111,9 +114,14 @@ class Crowd(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self.join(DEADLINE_S)
+        if self.is_alive() or self.failure:
+            raise RuntimeError(f"the users did not come to an end: {self.failure}")
 
     def run(self) -> None:
-        asyncio.run(self._all())
+        try:
+            asyncio.run(self._all())
+        except BaseException as error:
+            self.failure = error
 
     async def _all(self) -> None:
         left = iter(self._requests * 100)
@@ -153,7 +161,7 @@ def _until(replicas: int, since_s: float) -> float:
     return time.monotonic() - since_s
 
 
-def _burst(environment: Mapping[str, str], size: str) -> list[str]:
+def _burst(environment: Mapping[str, str], size: str, repetitions: int) -> list[str]:
     """Eight times the users at once: how soon replicas are there, what users notice, how soon they are gone."""
     delays = {"upscale_delay_s": 1.0, "downscale_delay_s": 5.0}
     scaled = {"replicas": (1, 3), "cpus": CPUS, "target_ongoing_requests": 4, **delays}
@@ -164,37 +172,42 @@ def _burst(environment: Mapping[str, str], size: str) -> list[str]:
     requests.write_text(json.dumps(bodies))
     variants = [variant_of(serving.model_folder(size))]
     served = deployed(environment, {"variants": variants, "language_model": scaled}, requests)
-    _until(1, time.monotonic())
-    with Crowd(served, CALM_USERS) as before:
-        time.sleep(CALM_S)
-    begun_s = time.monotonic()
-    with Crowd(served, BURST_USERS) as crowd:
-        second_s = _until(2, begun_s)
-        all_s = _until(3, begun_s)
-        time.sleep(max(CALM_S, BURST_S - (time.monotonic() - begun_s)))
-    ended_s = time.monotonic()
-    with Crowd(served, CALM_USERS) as after:
-        back_s = _until(1, ended_s)
-        time.sleep(CALM_S)
+    reaction: dict[str, list[float]] = {"second": [], "third": [], "back": []}
+    phases: dict[str, list[Sent]] = {
+        f"{CALM_USERS} users": [], f"{BURST_USERS} users, until all replicas are there": [],
+        f"{BURST_USERS} users, with all replicas": [], f"{CALM_USERS} users again": [],
+    }  # fmt: skip
+    for _ in range(repetitions):
+        _until(1, time.monotonic())
+        with Crowd(served, CALM_USERS) as before:
+            time.sleep(CALM_S)
+        begun_s = time.monotonic()
+        with Crowd(served, BURST_USERS) as crowd:
+            reaction["second"].append(_until(2, begun_s))
+            reaction["third"].append(_until(3, begun_s))
+            all_s = time.monotonic()
+            time.sleep(max(CALM_S, BURST_S - (all_s - begun_s)))
+        ended_s = time.monotonic()
+        with Crowd(served, CALM_USERS) as after:
+            reaction["back"].append(_until(1, ended_s))
+            time.sleep(CALM_S)
+        early = [sent for sent in crowd.sent if sent.begun_s < all_s]
+        late = [sent for sent in crowd.sent if sent.begun_s >= all_s]
+        for phase, sent in zip(phases.values(), (before.sent, early, late, after.sent), strict=True):
+            phase += sent
     _remove()
-    early = [sent for sent in crowd.sent if sent.begun_s < begun_s + all_s]
-    phases = {
-        f"{CALM_USERS} users": before.sent,
-        f"{BURST_USERS} users, until all replicas are there": early,
-        f"{BURST_USERS} users, with all replicas": [sent for sent in crowd.sent if sent.begun_s >= begun_s + all_s],
-        f"{CALM_USERS} users again": after.sent,
-    }
+    second, third, back = (_seconds(values) for values in reaction.values())
     lines = [
         f"One to three replicas of the language model, 4 requests each, on two cores; a need counts after "
         f"{delays['upscale_delay_s']:.0f} s, no need after {delays['downscale_delay_s']:.0f} s.", "",
-        f"Second replica after {second_s:.1f} s, third after {all_s:.1f} s; one again {back_s:.1f} s after the burst.",
+        f"Second replica after {second} s, third after {third} s; one again {back} s after the burst.",
         "", "| load | requests | errors | TTFT ms, p50 / p99 |", "|---|---|---|---|",
     ]  # fmt: skip
     return [*lines, *(_phase(name, sent) for name, sent in phases.items())]
 
 
 def _phase(name: str, sent: Sequence[Sent]) -> str:
-    waits = serving_client._quantiles("ttft_s", [each.ttft_s for each in sent if not each.failure])
+    waits = serving_client.percentiles("ttft_s", [each.ttft_s for each in sent if not each.failure])
     failures = sum(bool(each.failure) for each in sent)
     times = f"{waits['ttft_s_p50'] * 1e3:,.0f} / {waits['ttft_s_p99'] * 1e3:,.0f}"
     return f"| {name} | {len(sent)} | {failures} | {times} |"
@@ -219,8 +232,8 @@ def _zero(environment: Mapping[str, str], size: str, repetitions: int) -> list[s
         served = deployed(environment, settings, Path(os.devnull))
         with httpx.Client(headers=dict(served.headers), timeout=DEADLINE_S) as http:
             first, own, warm, gone, by = [], [], [], [], ""
+            _until(0, time.monotonic())
             for _ in range(repetitions):
-                gone.append(_until(0, time.monotonic()))
                 begun_s = time.monotonic()
                 by = _answered(http, served.url)
                 first.append(time.monotonic() - begun_s)
@@ -230,6 +243,7 @@ def _zero(environment: Mapping[str, str], size: str, repetitions: int) -> list[s
                 asked_s = time.monotonic()
                 _answered(http, served.url)
                 warm.append(time.monotonic() - asked_s)
+                gone.append(_until(0, time.monotonic()))
         _remove()
         cells = [_seconds(first), by, _seconds(own if by != MODEL else first), _seconds(warm, 3), _seconds(gone)]
         lines.append(f"| {way} | {' | '.join(cells)} |")

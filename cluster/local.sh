@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The local Ray head: start | stop | status, which prints the environment to use it.
 #
-# It listens on 127.0.0.1 only, wants a token, has its own ports and temporary folder, and leaves any other
+# It listens on 127.0.0.1 only (but Serve's replicas hear each other on all interfaces), wants a token, has its own ports and temporary folder, and leaves any other
 # Ray on the machine alone. What it needs to be found again stands in $RAYLOOP_STATE (default .rayloop):
 # the addresses in cluster.env, the secrets in token and api_key (readable by you alone). Where several are started
 # at the same time, a RAYLOOP_PORT_OFFSET each keeps them from choosing the same ports.
@@ -75,7 +75,7 @@ start() {
     export RAYLOOP_CLUSTER=$temp RAYLOOP_HOME=${RAYLOOP_HOME:-$home}
     export RAYLOOP_API_KEY=${RAYLOOP_API_KEY:-$(cat "$state/api_key")}
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
-    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # the loopback address stays what it is: nothing listens beyond it
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # the loopback address stays what it is: Ray itself does not listen beyond it
     export RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_STATE_TRACKING=1
     # Nobody takes this machine away at short notice, and each watcher is a process.
     export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0

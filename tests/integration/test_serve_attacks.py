@@ -124,15 +124,22 @@ class _Runs:
 
 @pytest.mark.fault("S2", seen="with the cluster's token the same call was unpickled")
 def test_the_ports_on_which_replicas_hear_each_other_want_the_token(
-    service: Service, tmp_path: Path, fault: Fault
+    service: Service, http: httpx.Client, tmp_path: Path, fault: Fault
 ) -> None:
-    ports = {
-        (replica["deployment"], listener.laddr.port)
+    assert answers(http)
+    connections = [
+        (replica["deployment"], connection)
         for replica in deployment.replicas("support")
-        for listener in psutil.Process(replica["pid"]).net_connections("tcp")
-        if listener.status == psutil.CONN_LISTEN and listener.laddr.ip == "::"
+        for connection in psutil.Process(replica["pid"]).net_connections("tcp")
+    ]
+    ports = {
+        (name, connection.laddr.port)
+        for name, connection in connections
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip == "::"
     }
     assert {name for name, _ in ports} >= {"InputHandling", "LanguageModel-1", "ResponseManagement"}
+    used = {(name, each.laddr.port) for name, each in connections if each.status == psutil.CONN_ESTABLISHED} & ports
+    assert {name for name, _ in used} >= {"InputHandling", "LanguageModel-1"}, "a question went another way"
 
     def call(port: int, token: str | None, marker: Path) -> grpc.StatusCode | None:
         attack = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(_Runs(marker)))
@@ -149,9 +156,8 @@ def test_the_ports_on_which_replicas_hear_each_other_want_the_token(
             marker = tmp_path / f"{name}-{token}"
             assert call(port, token, marker) == grpc.StatusCode.UNAUTHENTICATED
             assert not marker.exists(), f"{name} unpickled what a stranger sent"
-    _, port = min(ports)
-    call(port, os.environ["RAY_AUTH_TOKEN"], tmp_path / "right")
-    assert (tmp_path / "right").exists()
+        call(port, os.environ["RAY_AUTH_TOKEN"], tmp_path / name)
+        assert (tmp_path / name).exists()
     fault.happened()
 
 

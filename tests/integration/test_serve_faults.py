@@ -146,16 +146,21 @@ def test_a_killed_replica_costs_at_most_what_was_in_flight_on_it(shop: Shop, fau
         time.sleep(fault.random.uniform(0, 2))
         victim = fault.random.choice(sorted(before))
         actor = ray.get_actor(before[victim]["actor_name"], namespace="serve")
-        while True:
+        counts = [0, 1]
+        for _ in range(50):
             users.hold()
-            time.sleep(0.3)  # what is on its way arrives
-            on_it = ray.get(actor.get_num_ongoing_requests.remote(), timeout=60)
-            if on_it >= 3:
+            while counts[-1] > counts[-2]:  # what is on its way arrives
+                time.sleep(0.1)
+                counts.append(ray.get(actor.get_num_ongoing_requests.remote(), timeout=60))
+            if counts[-1] >= 3:
                 break
             users.go_on()
             time.sleep(fault.random.uniform(0.2, 0.6))
+            counts = [0, 1]
+        on_it, in_flight = counts[-1], users.open
+        assert on_it >= 3, counts
         os.kill(victim, signal.SIGKILL)
-        killed_s, in_flight = time.monotonic(), users.open
+        killed_s = time.monotonic()
         fault.happened()
         users.go_on()
         eventually(lambda: len(running("LanguageModel").keys() - {victim}) == 2)
@@ -806,7 +811,7 @@ def test_answers_are_exact_while_calls_between_processes_fail_and_are_late(
     head = own(tmp_path, model_folder, "sk-own", 2_000, **chaos)
     try:
         # Serve gives a deployment up whose start fails three times; then the same command is given again.
-        for _ in range(3):
+        for jobs in (1, 2, 3):  # noqa: B007 - told below
             ended = head.job()
             if not ended.returncode:
                 break
@@ -819,7 +824,8 @@ def test_answers_are_exact_while_calls_between_processes_fail_and_are_late(
             call: sum(logs.count(f"Inject RPC {kind} failure for {call}".encode()) for kind in ("request", "response"))
             for call in (push, lease)
         }
-        print("failures were injected:", seen, "of the users' questions failed:", len(users.failed))
+        print(f"injected: {seen}; {jobs} jobs; {len(users.failed)} questions failed, {len(users.answered)} did not")
+        assert len(users.failed) < len(users.answered) / 2
         assert min(seen.values()) > 0, seen
         fault.happened()
         assert users.wrong(ANSWERS) == []

@@ -109,43 +109,66 @@ def test_what_serve_says_is_told_without_its_traceback() -> None:
     )
 
 
+class Dashboard:
+    """Answers with one of `answers` after another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
+        self._answers, self.asked = list(answers), 0
+        monkeypatch.setattr(deployment, "_client", lambda: self)
+        self.now_s = 0.0
+        monkeypatch.setattr(deployment.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(deployment.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def get_serve_details(self, *_: Any) -> Any:
+        self.asked += 1
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return {"applications": {"a": {"status": answer, "message": "why"}}}
+
+    deploy_applications = get_serve_details
+
+
+LOST = RuntimeError(
+    'Request failed with status code 500: Traceback (most recent call last):\n  File "x.py", line 1\n'
+    "ray.exceptions.ActorUnavailableError: The actor 17 is unavailable.\n."
+)
+
+
 def test_a_controller_that_cannot_be_reached_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = (
-        'Request failed with status code 500: Traceback (most recent call last):\n  File "x.py", line 1\n'
-        "ray.exceptions.ActorUnavailableError: The actor 17 is unavailable.\n."
-    )
-    answers: list[Any] = [RuntimeError(lost), RuntimeError(lost), {"applications": {}}]
-
-    class Client:
-        def get_serve_details(self) -> Any:
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-    monkeypatch.setattr(deployment, "_client", Client)
-    monkeypatch.setattr(deployment, "RETRY_S", (0.0, 0.0))
-    assert deployment._details() == {"applications": {}}
-    answers += [RuntimeError(lost)] * 3
+    Dashboard(monkeypatch, LOST, LOST, "RUNNING")
+    assert deployment.status("a") == "RUNNING"
+    dashboard = Dashboard(monkeypatch, LOST, "RUNNING")
+    deployment._put({}, {"host": "127.0.0.1"})
+    assert dashboard.asked == 2
+    dashboard = Dashboard(monkeypatch, LOST)
     with pytest.raises(StageFailed) as caught:
-        deployment._details()
+        deployment.status("a")
+    assert dashboard.asked == 1 + len(deployment.RETRY_S)
     assert caught.value.what == (
-        "Ray Serve refused: Request failed with status code 500: Traceback (most recent call last): "
+        "Ray Serve's controller cannot be reached: Request failed with status code 500: "
         "ray.exceptions.ActorUnavailableError: The actor 17 is unavailable."
     )
-    answers += [RuntimeError("Request failed with status code 400: no such application.")]
-    with pytest.raises(StageFailed, match="no such application"):
-        deployment._details()
-    assert answers == []
 
 
-def test_a_deployment_that_is_unhealthy_for_a_moment_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = ["DEPLOYING", "UNHEALTHY", "DEPLOYING", "UNHEALTHY", "RUNNING"]
-    monkeypatch.setattr(
-        deployment, "_details", lambda: {"applications": {"a": {"status": states.pop(0) if states else "UNHEALTHY"}}}
-    )
-    monkeypatch.setattr(deployment, "POLL_S", 0.01)
-    monkeypatch.setattr(deployment, "UNHEALTHY_S", 0.1)
-    deployment._wait_until_running("a", 5.0)
-    with pytest.raises(StageFailed, match="could not be deployed"):
-        deployment._wait_until_running("a", 5.0)
+def test_what_serve_refuses_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard = Dashboard(monkeypatch, RuntimeError("Request failed with status code 400: no such field."))
+    with pytest.raises(StageFailed, match="no such field"):
+        deployment.status("a")
+    assert dashboard.asked == 1
+
+
+def test_only_what_serve_gives_up_is_given_up_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [LOST] * 20
+    Dashboard(monkeypatch, "DEPLOYING", *["UNHEALTHY"] * 100, *away, ConnectionError("gone"), "RUNNING")
+    deployment._wait_until_running("a", 180.0)
+    dashboard = Dashboard(monkeypatch, "DEPLOYING", "DEPLOY_FAILED")
+    with pytest.raises(StageFailed, match="could not be deployed: why"):
+        deployment._wait_until_running("a", 180.0)
+    assert dashboard.now_s < 1
+    dashboard = Dashboard(monkeypatch, "UNHEALTHY")
+    with pytest.raises(StageFailed, match="is UNHEALTHY after 180 s: why"):
+        deployment._wait_until_running("a", 180.0)
