@@ -163,7 +163,7 @@ def test_a_checkpoint_whose_digests_were_lost_is_passed_over(
     assert "sha256-1 has lost lines" in caplog.text
 
 
-@pytest.mark.parametrize("record", ["of one that is gone", "cut short"])
+@pytest.mark.parametrize("record", ["of one that is gone", pytest.param("cut short", marks=pytest.mark.slow)])
 def test_ray_trains_own_record_of_checkpoints_may_be_wrong(
     config: Config, table: TableVersion, unbroken: dict[int, float], caplog: pytest.LogCaptureFixture, record: str
 ) -> None:
@@ -243,6 +243,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_without_ray_give_the_losses_of_ray_train_and_go_on_from_its_checkpoints(
     config: Config, table: TableVersion, unbroken: dict[int, float], tmp_path: Path, launcher: str

@@ -132,6 +132,7 @@ def test_more_trials_at_a_time_than_the_cluster_holds_are_refused(config: Config
         tune(config.with_overrides({"tuning.concurrent_trials": 200}), table)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F15", seen="the search said that a trial's process died; the driver was killed with trials left")
 def test_a_search_whose_trial_and_then_driver_are_killed_goes_on_with_its_trials(
     config: Config, table: TableVersion, tmp_path: Path, fault: Fault
@@ -180,7 +181,8 @@ def test_a_search_whose_trial_and_then_driver_are_killed_goes_on_with_its_trials
     assert line["figures"]["best"]["validation_loss"] == min(losses)
 
 
-@pytest.mark.parametrize("scheduler", ["pbt", pytest.param("pb2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
 def test_a_population_goes_on_from_its_best_members_checkpoint(
     config: Config, table: TableVersion, scheduler: str
 ) -> None:

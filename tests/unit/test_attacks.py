@@ -17,16 +17,16 @@ PARSED = {name: body for name, (body, statuses) in ATTACKS.items() if statuses =
 @pytest.mark.parametrize("name", PARSED)
 def test_what_is_wrong_is_found_quickly_and_told_in_few_words(name: str) -> None:
     assert len(PARSED[name]) <= CONFIG.max_body_bytes, "it would not be parsed"
-    begun_s = time.process_time()
+    begun_s = time.thread_time()
     with pytest.raises(RequestError) as told:
         parse_chat(PARSED[name], CONFIG)
-    assert time.process_time() - begun_s < 0.25
+    assert time.thread_time() - begun_s < 0.25
     assert told.value.status == 400
     assert len(str(told.value)) + len(told.value.param or "") < 700
 
 
 @pytest.mark.parametrize("name", PARSED)
 def test_an_estimate_takes_no_time(name: str) -> None:
-    begun_s = time.process_time()
+    begun_s = time.thread_time()
     estimated_tokens(PARSED[name], CONFIG, True)
-    assert time.process_time() - begun_s < 0.1
+    assert time.thread_time() - begun_s < 0.1
