@@ -70,7 +70,7 @@ def deploy(application: dict[str, Any], http: dict[str, Any] | None = None, time
 
     Raises:
         StageFailed: It did not become healthy; what Serve says is in the message. What ran under that name
-            before is deployed again; where nothing did, nothing is left.
+            before is deployed again (or the message says why not); where nothing did, nothing is left.
         ClusterError: The dashboard cannot be reached, or the address cannot be listened on.
     """
     begun_s = time.monotonic()

@@ -19,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
@@ -124,14 +124,13 @@ class Client:
             writer.close()
 
 
-async def closed(client: Client, requests: list[Any], users: int, seconds: float) -> list[Sent]:
+async def closed(client: Client, requests: list[Any], users: int, is_over: Callable[[], bool]) -> list[Sent]:
     """So many users, each of whom sends the next request when the reply to the last is complete."""
     done: list[Sent] = []
     left = iter(requests * 1_000)
-    end_s = time.monotonic() + seconds
 
     async def user() -> None:
-        while time.monotonic() < end_s:
+        while not is_over():
             request = next(left)
             for turn in request if isinstance(request, list) else [request]:
                 done.append(await client.send(turn))
@@ -211,7 +210,8 @@ async def main(url: str, file: str, settings: dict[str, Any]) -> dict[str, Any]:
     begun_s = time.monotonic()
     if "rate" in settings:
         return figures(await poisson(client, requests, settings["rate"], settings["seconds"]), begun_s)
-    return figures(await closed(client, requests, settings["users"], settings["seconds"]), begun_s)
+    end_s = begun_s + settings["seconds"]
+    return figures(await closed(client, requests, settings["users"], lambda: time.monotonic() >= end_s), begun_s)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from app import deployment
 from benchmarks import serving_client
 from benchmarks import serving_servers as serving
 from benchmarks.serving_application import MODEL, deployed, head, variant_of
-from benchmarks.serving_client import Client, Sent
+from benchmarks.serving_client import Client, Sent, closed
 from benchmarks.serving_servers import FOLDER, Figures, Server
 
 PREFIX_USERS, PREFIX_S, MIN_TURNS = 8, 10.0, 3
@@ -119,18 +119,9 @@ class Crowd(threading.Thread):
 
     def run(self) -> None:
         try:
-            asyncio.run(self._all())
+            self.sent = asyncio.run(closed(self._client, self._requests, self._users, self._stopping.is_set))
         except BaseException as error:
             self.failure = error
-
-    async def _all(self) -> None:
-        left = iter(self._requests * 100)
-
-        async def user() -> None:
-            while not self._stopping.is_set():
-                self.sent.append(await self._client.send(next(left)))
-
-        await asyncio.gather(*(user() for _ in range(self._users)))
 
 
 def _running() -> int:
