@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from app import adapter
 from app.config import Config
 from app.errors import ModelError, StorageError
 from app.export import DONE
@@ -22,8 +23,6 @@ from app.storage import Storage, local_folder
 from app.tables import sync_file
 from app.versions import ModelVersion
 
-ADAPTER = "adapter"
-"""Where a model folder holds the adapters that were merged into it."""
 _BEGUN = "_BEGUN"
 _CHUNK_BYTES = 8 << 20
 
@@ -56,7 +55,7 @@ def planned(config: Config) -> tuple[ModelVersion, Storage]:
     """
     version = Registry(config).version(config.inputs.model_version)
     what = config.export.what
-    if what == "adapter" and not Storage(version.uri).exists(ADAPTER):
+    if what == "adapter" and not Storage(version.uri).exists(adapter.FOLDER):
         raise ModelError(f"{version} has no adapters", "export one that was trained with training.method=lora")
     own = f"exports/{version.model}/{version.version}-{what}"
     return version, Storage(config.export.uri or Storage(config.storage.uri).uri(own))
@@ -91,7 +90,7 @@ def export(config: Config) -> tuple[str, ModelExport, bool]:
         raise StorageError(f"{target.root_uri} is not empty: it holds {names[0]}", "choose another folder, or empty it")
     target.write(b"", _BEGUN)
     with local_folder(version.uri) as folder:
-        root = folder / ADAPTER if what == "adapter" else folder
+        root = folder / adapter.FOLDER if what == "adapter" else folder
         files = [_copy(root, name, target) for name in _names(root)]
     done = ModelExport(version.model, version.version, what, files)
     target.write(json.dumps(asdict(done), indent=2).encode(), DONE)

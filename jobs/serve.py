@@ -46,6 +46,10 @@ def _variant(version: ModelVersion, champion: bool) -> VariantConfig:
     return VariantConfig(name=name, model=version.model, version=version.version, uri=version.uri)
 
 
+def _version(variant: VariantConfig) -> ModelVersion:
+    return ModelVersion(variant.model, variant.version, variant.uri)
+
+
 def application(config: Config, inputs: dict[str, Any], code_uri: str) -> dict[str, Any]:
     """The application as Serve's configuration has it."""
     settings = serving(config, inputs)
@@ -62,6 +66,7 @@ def application(config: Config, inputs: dict[str, Any], code_uri: str) -> dict[s
 
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     """Check the models, see to a key, deploy, and wait until the application answers."""
+    from app import adapter
     from app.deployment import deploy, package_code, replicas
     from app.model import check_folder
     from app.serving.access import ensure_key
@@ -70,7 +75,13 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     settings = serving(config, inputs)
     for variant in settings.variants:
         with local_folder(variant.uri) as folder:
-            check_folder(folder)
+            if variant.adapter_of is None:
+                check_folder(folder)
+            else:
+                adapter.find(folder)
+    for base in settings.variants:
+        for variant in settings.adapters(base):
+            adapter.check_base(_version(variant), _version(base))
     if key := ensure_key(Storage(settings.storage_uri)):
         print(f"An API key was made. It is shown this once and kept only as a hash:\n\n    {key}\n", flush=True)
     wanted = application(config, inputs, package_code(Storage(config.storage.uri)))
@@ -90,6 +101,7 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
 
 def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
     """The models and their sizes, and what would be deployed where."""
+    from app import adapter
     from app.model import weights_bytes
     from app.storage import local_folder
 
@@ -97,7 +109,8 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
     reads = {}
     for variant in settings.variants:
         with local_folder(variant.uri) as folder:
-            reads[variant.uri] = {"weights_bytes": weights_bytes(folder)}
+            place = adapter.find(folder) if variant.adapter_of else folder
+            reads[variant.uri] = {"weights_bytes": weights_bytes(place)}
     storage = Storage(config.storage.uri)
     return {
         "reads": reads,

@@ -114,6 +114,44 @@ def make_other(folder: Path, source: Path, version: str) -> None:
     lineage.write(folder, dataclasses.replace(lineage.read(str(folder)), version=version))
 
 
+ADAPTED_ANSWERS = {question: f"Of course! {answer}" for question, answer in ANSWERS.items()}
+"""What the model answers with the adapters of `make_adapter`."""
+
+
+def make_adapter(folder: Path, base: Path, greeting: str = "Of course! ", version: str = "4", **lora: Any) -> None:
+    """A folder of low-rank adapters with which a model that `make` made greets before it answers; with lineage.
+
+    Args:
+        base: In floating point.
+        lora: Settings of peft's.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    net, tokenizer = model.load(base, dtype=torch.float32)
+    torch.manual_seed(1)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **lora}
+    adapted = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", **settings))
+    talks = [
+        conversation.encode(
+            tokenizer,
+            [{"role": "user", "content": ask}, {"role": "assistant", "content": f"{greeting}{reply}"}],
+            "assistant",
+        )
+        for ask, reply in ANSWERS.items()
+    ]
+    ids, labels = _batch(talks)
+    optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-2)
+    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=120)
+    for _ in range(120):
+        adapted(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        slower.step()
+    adapted.save_pretrained(folder)
+    known = lineage.read(str(base))
+    lineage.write(folder, dataclasses.replace(known, version=version, stage="train", parent="support/3"))
+
+
 def _calls() -> list[list[str]]:
     """Conversations in which the function may be called."""
     call = tools.call_text("cancel_order", {"order": "4512"})

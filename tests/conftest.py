@@ -152,6 +152,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapter_folder(model_folder: Path) -> Path:
+    """Adapters for that model, with which it greets."""
+    from tests import answering_model
+
+    folder = model_folder.parent / "adapter"
+    answering_model.make_adapter(folder, model_folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class Service:
     """The served application."""
@@ -167,8 +177,10 @@ class Service:
 
 
 @pytest.fixture(scope="session")
-def service(cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The application as a submitted `jobs.serve` deploys it; the job has ended."""
+def service(
+    cluster: RunningCluster, model_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """The application as a submitted `jobs.serve` deploys it; the job has ended. `polite` is asked by its name only."""
     import yaml
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -176,9 +188,12 @@ def service(cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytes
 
     store = tmp_path_factory.mktemp("served")
     variant = {"name": "champion", "version": "3", "uri": str(model_folder), "engine": ENGINE}
+    adapted = {"adapter_of": "champion", "weight": 0, "engine": ENGINE}
+    polite = {"name": "polite", "version": "4", "uri": str(adapter_folder), **adapted}
     handover = {"min_reply_confidence": 0.95}
     serving = {
-        "port": cluster.http_port, "variants": [variant], "handover": handover, "default_max_tokens": 400, "vllm": VLLM,
+        "port": cluster.http_port, "variants": [variant, polite], "handover": handover, "default_max_tokens": 400,
+        "vllm": VLLM,
     }  # fmt: skip
     config = store / "config.yaml"
     config.write_text(yaml.safe_dump({"storage": {"uri": str(store / "store")}, "serving": serving}))

@@ -48,6 +48,7 @@ def submit(
     deliver: Callable[[Event], None],
     choice: int = 0,
     scope: str = "",
+    adapter: str = "",
 ) -> Reply:
     """One reply, on its way."""
 
@@ -55,7 +56,7 @@ def submit(
         text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    reply = Reply(prompt, sampling, max_tokens, deliver, decode, choice, scope)
+    reply = Reply(prompt, sampling, max_tokens, deliver, decode, choice, scope, adapter)
     engine.prepare([reply])
     engine.submit([reply])
     return reply

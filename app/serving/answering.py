@@ -123,7 +123,7 @@ class Answering:
     async def _events(self, answer: Answer, language_model: "DeploymentHandle[Any]") -> AsyncGenerator[Event, None]:
         """The language model's events. An answer that breaks off is cancelled and recorded."""
         source: Any = language_model.options(stream=True, session_id=answer.session).generate.remote(
-            answer.request.generation(answer.scope)
+            answer.request.generation(answer.scope, answer.variant.adapter)
         )
         try:
             async for event in source:

@@ -1,6 +1,6 @@
 """The served application: who calls whom, and how many of each.
 
-    client -> InputHandling -> LanguageModel (one deployment a variant)
+    client -> InputHandling -> LanguageModel (one deployment a variant, which serves the variants that are its adapters)
                             -> Intent, Sentiment (small functions, beside the reply)
                             -> ResponseManagement
                             -> RateLimits (one replica, asked for keys that have limits)
@@ -40,10 +40,12 @@ def build_app(args: ServingConfig) -> serve.Application:
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
     # By place, not by name: Serve takes a deployment that is not named any more away at once, while one that goes on
     # under its name gives way only once its successor is healthy.
+    bases = [variant for variant in args.variants if variant.adapter_of is None]
     models = {
         variant.name: _language_model(args, variant, place).bind(args, variant)
-        for place, variant in enumerate(args.variants, start=1)
+        for place, variant in enumerate(bases, start=1)
     }
+    models |= {variant.name: models[variant.adapter_of] for variant in args.variants if variant.adapter_of}
     functions = {
         "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
         "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),

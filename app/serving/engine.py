@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ModelError
+from app.serving.adapters import Adapters
 from app.serving.engines import EngineFull
 from app.serving.fixed_passes import FixedPasses
 from app.serving.flat_passes import FlatPasses
@@ -32,7 +33,7 @@ from app.serving.sampling import Draw, TokenTexts, choose, end_tokens
 from app.serving.schema import Refused
 
 logger = logging.getLogger(__name__)
-Kind = Callable[[PreTrainedModel, int, int], Passes]
+Kind = Callable[[PreTrainedModel, Adapters, int, int], Passes]
 Planned = tuple[Piece, bytes | None]
 """Of the coming pass, and what it is known by where it is a block: where not, a token is chosen after it."""
 
@@ -50,6 +51,7 @@ class Engine:
         max_waiting: Replies that may wait for a slot.
         prefix_cache_bytes: Of keys and values that are kept of prompts' beginnings, where the model is.
         passes: None: those that the model takes.
+        adapters: That replies may be written with.
 
     Raises:
         ModelError: The model does not attend to cached keys and values the way this engine keeps them.
@@ -64,10 +66,12 @@ class Engine:
         max_waiting: int,
         prefix_cache_bytes: int = 0,
         passes: Kind | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         _check_attention(model, context_tokens)
         self._kinds = [passes] if passes else _kinds(model)
         self._passes: Passes
+        self._adapters = adapters or Adapters(model, {})
         self._model: Any = model
         self._texts = TokenTexts(tokenizer)
         self._ends = end_tokens(getattr(model.generation_config, "eos_token_id", None), tokenizer)
@@ -130,7 +134,7 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
         """Of each prompt, the mean of its tokens' last hidden states, of length 1; computed between two passes."""
         vectors = []
         for ids in prompts:
@@ -138,14 +142,15 @@ class Engine:
             with self._wake:
                 if self.failure or self._stopping:
                     raise EngineFull
-                self._tasks.append((partial(self._embedded, ids), done))
+                self._tasks.append((partial(self._embedded, ids, adapter), done))
                 self._wake.notify()
             vectors.append(done.result())
         return vectors
 
-    def _embedded(self, ids: Sequence[int]) -> list[float]:
+    def _embedded(self, ids: Sequence[int], adapter: str) -> list[float]:
         body = self._model.base_model
-        hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
+        with self._adapters.of_tokens([(len(ids), self._adapters.number(adapter))]):
+            hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
         mean_H = hidden_1TH[0].float().mean(dim=0)
         vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
         return vector
@@ -211,7 +216,8 @@ class Engine:
                 self._waiting = deque(reply for reply in self._waiting if not reply.cancelled)
             while self._waiting and len(self._running) < self._slots:
                 self._admitted += 1
-                self._running.append(_Running(self._waiting.popleft(), self._admitted))
+                reply = self._waiting.popleft()
+                self._running.append(_Running(reply, self._admitted, self._adapters.number(reply.adapter)))
 
     def _pass(self) -> None:
         """One more token for each reply that is being written, and more of the prompts of those that are not yet."""
@@ -261,7 +267,7 @@ class Engine:
             tokens -= len(ids)
             if tokens < 0 or (known_by in known and self._prefixes.max_bytes):
                 break
-            pieces.append((Piece(slot, one.read_tokens, ids), known_by))
+            pieces.append((Piece(slot, one.read_tokens, ids, one.adapter), known_by))
             one.read_tokens += len(ids)
         known.update(known_by for _, known_by in pieces if known_by)
         return pieces
@@ -306,14 +312,16 @@ class Engine:
         """Make passes of a kind. Two replies of different lengths must have the logits of plain forward passes."""
         size = self._model.get_input_embeddings().weight.shape[0]
         prompts = [[token % size for token in range(1, length)] for length in (12, 6)][: self._slots]
-        device = self._model.device
-        plain = (self._model(torch.tensor([ids], device=device)) for ids in prompts)
-        expected_BV = torch.cat([output.logits[:, -1].float() for output in plain])
+        # One as the base writes it, one with an adapter where there is one.
+        adapters = [0, self._adapters.last]
         try:
-            self._passes = kind(self._model, self._slots, self.context_tokens)
+            expected_BV = torch.cat(
+                [self._plain(ids, adapter) for ids, adapter in zip(prompts, adapters, strict=False)]
+            )
+            self._passes = kind(self._model, self._adapters, self._slots, self.context_tokens)
             for slot, ids in enumerate(prompts):
-                self._passes.run([Piece(slot, 0, ids[:-1])])
-            last = [Piece(slot, len(ids) - 1, ids[-1:]) for slot, ids in enumerate(prompts)]
+                self._passes.run([Piece(slot, 0, ids[:-1], adapters[slot])])
+            last = [Piece(slot, len(ids) - 1, ids[-1:], adapters[slot]) for slot, ids in enumerate(prompts)]
             found_BV = self._passes.run(last)
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise ModelError(
@@ -329,6 +337,12 @@ class Engine:
                 "use a causal language model with an ordinary key-value cache",
             )
 
+    def _plain(self, ids: Sequence[int], adapter: int) -> torch.Tensor:
+        """(1, V) after the last token, by the model's own forward pass."""
+        with self._adapters.of_tokens([(len(ids), adapter)]):
+            logits: torch.Tensor = self._model(torch.tensor([ids], device=self._model.device)).logits[:, -1].float()
+        return logits
+
 
 @dataclass
 class _Running:
@@ -337,11 +351,12 @@ class _Running:
     reply: Reply
     number: int
     """In the order in which slots were given."""
+    adapter: int
     read_tokens: int = 0
     """Of its prompt, that are in the cache."""
 
     def __post_init__(self) -> None:
-        self.keys = block_keys(self.reply.scope, self.reply.prompt)
+        self.keys = block_keys(f"{self.reply.adapter}\0{self.reply.scope}", self.reply.prompt)
 
     @property
     def is_read(self) -> bool:
@@ -349,7 +364,7 @@ class _Running:
 
     def newest(self, slot: int) -> Planned:
         """Its last token, which is not in the cache yet."""
-        return Piece(slot, self.reply.length - 1, self.reply.tokens[-1:]), None
+        return Piece(slot, self.reply.length - 1, self.reply.tokens[-1:], self.adapter), None
 
 
 def _kinds(model: PreTrainedModel) -> list[Kind]:

@@ -53,7 +53,7 @@ class Engine(Protocol):
     def cancel(self, replies: Sequence["Reply"]) -> None:
         """Free what they hold; nothing more is delivered to them."""
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
         """Of each prompt, the mean of its tokens' last hidden states, of length 1.
 
         Raises:

@@ -6,11 +6,13 @@ Passes come in lengths, each twice the one before: how many positions attention 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from app.serving.adapters import Adapters
 from app.serving.passes import Piece
 from app.serving.prefix_cache import BLOCK_TOKENS
 from app.serving.slot_cache import SlotCache, View, rounded_up
@@ -30,13 +32,13 @@ class FixedPasses:
 
     prompt_tokens = 4 * PIECES * BLOCK_TOKENS
 
-    def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         self.cache = SlotCache(model, slots + 1, context_tokens)
         self._spare = slots
         lengths = _lengths(rounded_up(context_tokens))
-        record = _recorder(model)
-        self._reads = {length: _Pass(model, self.cache, PIECES, BLOCK_TOKENS, length, record) for length in lengths}
-        self._steps = {length: _Pass(model, self.cache, slots, 1, length, record) for length in lengths}
+        make = partial(_Pass, model, adapters, self.cache, _recorder(model))
+        self._reads = {length: make(PIECES, BLOCK_TOKENS, length) for length in lengths}
+        self._steps = {length: make(slots, 1, length) for length in lengths}
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """As the protocol has it. A prompt's pieces may share a pass: each layer writes all of them, and then each
@@ -56,17 +58,17 @@ class FixedPasses:
     def _read(self, pieces: Sequence[Piece]) -> torch.Tensor:
         padding = [Piece(self._spare, 0, [0])] * (PIECES - len(pieces))
         fitting = _fitting(self._reads, max(piece.begin for piece in pieces) + BLOCK_TOKENS)
-        slots, begins, ids = zip(*pieces, *padding, strict=True)
+        slots, begins, ids, adapters = zip(*pieces, *padding, strict=True)
         padded = [[*some, *[0] * (BLOCK_TOKENS - len(some))] for some in ids]
-        return fitting(padded, begins, slots, [len(some) - 1 for some in ids])[: len(pieces)].clone()
+        return fitting(padded, begins, slots, [len(some) - 1 for some in ids], adapters)[: len(pieces)].clone()
 
     def _step(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Each slot has its row; what is padded is written to the spare one."""
         given = {piece.slot: piece for piece in pieces}
         rows = [given.get(slot, Piece(self._spare, 0, [0])) for slot in range(self._spare)]
-        slots, begins, ids = zip(*rows, strict=True)
+        slots, begins, ids, adapters = zip(*rows, strict=True)
         fitting = _fitting(self._steps, max(begins) + 1)
-        logits = fitting(ids, begins, slots, [0] * len(ids))
+        logits = fitting(ids, begins, slots, [0] * len(ids), adapters)
         wanted = torch.tensor([piece.slot for piece in pieces], device=logits.device)
         return logits[wanted]
 
@@ -94,44 +96,51 @@ class _Pass:
     def __init__(
         self,
         model: PreTrainedModel,
+        adapters: Adapters,
         cache: SlotCache,
+        record: Callable[[Callable[[], None]], Callable[[], None]],
         rows: int,
         new_tokens: int,
         length: int,
-        record: Callable[[Callable[[], None]], Callable[[], None]],
     ) -> None:
         self._model: Any = model
+        self._adapters = adapters
         self._cache, self._new_tokens, self._length = cache, new_tokens, length
-        self._given = torch.zeros(rows, new_tokens + 3, dtype=torch.long, device=model.device)
-        """Each row's tokens, where they begin, its row in the cache, and which is its last one: one copy to the GPU."""
+        self._given = torch.zeros(rows, new_tokens + 4, dtype=torch.long, device=model.device)
+        """Each row's tokens, where they begin, its row in the cache, which is its last one, and its adapter: one copy
+        to the GPU."""
         self._rows = torch.arange(rows, device=model.device)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._last_position = (positions or cache.get_max_length()) - 1
         self._run = record(self._forward)
 
-    def __call__(
-        self, ids: Sequence[Sequence[int]], begins: Sequence[int], rows: Sequence[int], last: Sequence[int]
-    ) -> torch.Tensor:
-        """Run it; returns (rows, vocabulary), after each row's last token, good until the next run."""
-        given = [[*some, *more] for some, *more in zip(ids, begins, rows, last, strict=True)]
+    def __call__(self, ids: Sequence[Sequence[int]], *others: Sequence[int]) -> torch.Tensor:
+        """Run it; returns (rows, vocabulary), after each row's last token, good until the next run.
+
+        Args:
+            others: Of each row where its tokens begin, its row in the cache, which is its last token, its adapter.
+        """
+        given = [[*some, *more] for some, *more in zip(ids, *others, strict=True)]
         self._given.copy_(torch.tensor(given))
         self._run()
         return self._logits
 
     def _forward(self) -> None:
-        ids, (begins, rows, last) = self._given[:, : self._new_tokens], self._given[:, self._new_tokens :].unbind(1)
+        ids, others = self._given[:, : self._new_tokens], self._given[:, self._new_tokens :]
+        begins, rows, last, adapters = others.unbind(1)
         view = _FixedView(rows, begins, self._new_tokens, self._length, self._model.dtype)
         self._cache.view = view
         is_step = self._new_tokens == 1
-        output = self._model(
-            input_ids=ids,
-            # What is padded may stand where a model with learned positions has none.
-            position_ids=view.positions.clamp_max(self._last_position),
-            attention_mask=view.mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1 if is_step else last,
-        )
+        with self._adapters.of_rows(adapters):
+            output = self._model(
+                input_ids=ids,
+                # What is padded may stand where a model with learned positions has none.
+                position_ids=view.positions.clamp_max(self._last_position),
+                attention_mask=view.mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1 if is_step else last,
+            )
         if is_step:
             self._logits = output.logits[:, -1].float()
         else:

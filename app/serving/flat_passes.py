@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from transformers import PreTrainedModel
 
+from app.serving.adapters import Adapters
 from app.serving.decode_attention import NAMES, DecodeAttention, decode_attention
 from app.serving.packed_linear import pack
 from app.serving.passes import Piece
@@ -30,9 +31,10 @@ class FlatPasses:
 
     prompt_tokens = 512
 
-    def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         pack(model)
         self._model: Any = model
+        self._adapters = adapters
         self.cache = SlotCache(model, slots, context_tokens)
         longest = rounded_up(context_tokens)
         least = torch.finfo(model.dtype).min
@@ -60,14 +62,15 @@ class FlatPasses:
         order = [*(number for number, piece in enumerate(pieces) if len(piece.ids) < BLOCK_TOKENS), *blocks]
         ordered = [pieces[number] for number in order]
         view = self.cache.view = _FlatView(ordered, len(blocks), self._mask)
-        output = self._model(
-            input_ids=view.ids.unsqueeze(0),
-            position_ids=view.positions.unsqueeze(0),
-            attention_mask=view.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=view.ends,
-        )
+        with self._adapters.of_tokens([(len(piece.ids), piece.adapter) for piece in ordered]):
+            output = self._model(
+                input_ids=view.ids.unsqueeze(0),
+                position_ids=view.positions.unsqueeze(0),
+                attention_mask=view.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=view.ends,
+            )
         logits_BV = torch.empty_like(output.logits[0], dtype=torch.float32)
         logits_BV[order] = output.logits[0].float()
         return logits_BV

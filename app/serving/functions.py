@@ -26,11 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class IntentFunction:
-    """Says what a question is about, by the model that belongs to the variant that answers."""
+    """Says what a question is about, by the model that belongs to the variant that answers, or to its base."""
 
     def __init__(self, config: ServingConfig) -> None:
         set_up_logging(deployment="intent")
         self._models = {variant.name: _intent_model(variant) for variant in config.variants}
+        for variant in config.variants:
+            if variant.adapter_of and self._models[variant.name] is None:
+                self._models[variant.name] = self._models[variant.adapter_of]
 
     async def __call__(self, question: str, variant: str) -> Intent | None:
         """What it is about; none if the variant has no model that says so."""
@@ -91,5 +94,6 @@ def _intent_model(variant: VariantConfig) -> IntentModel | None:
     with local_folder(variant.uri) as folder:
         if (folder / "intent").is_dir():
             return IntentModel.load(folder / "intent")
-    logger.warning("variant %s has no intent model: hand-over by intent is off for it", variant.name)
+    if variant.adapter_of is None:
+        logger.warning("variant %s has no intent model: hand-over by intent is off for it", variant.name)
     return None

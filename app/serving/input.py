@@ -144,7 +144,7 @@ class InputHandling:
                     for name, variant in list(awaited.items()):
                         with contextlib.suppress(RayError, RayServeException):
                             model = await self._language_models[name].ready.remote()
-                            if model.model_version == f"{variant.model}/{variant.version}":
+                            if model.versions.get(name) == f"{variant.model}/{variant.version}":
                                 del awaited[name]
                     await asyncio.sleep(MODELS_POLL_S if awaited else 0)
 
@@ -161,21 +161,22 @@ class InputHandling:
     async def ready(self) -> Response:
         """200 once a replica of every variant says that its model is loaded, 503 before."""
         # One that may scale to zero would be woken by the question.
-        kept = [variant for variant in self._config.variants if self._config.size(variant).least > 0]
+        models = [variant for variant in self._config.variants if variant.adapter_of is None]
+        kept = [model for model in models if self._config.size(model).least > 0]
         try:
-            models = dict(await asyncio.gather(*map(self._readiness, kept)))
+            ready = await asyncio.gather(*map(self._readiness, kept))
         except (TimeoutError, RayError, RayServeException):
             return error_response(503, "a language model is still loading", "not_ready")
         return JSONResponse(
             {
                 "status": "ready",
-                "variants": {name: version for name, (version, _) in models.items()},
-                "slots_in_use": {name: slots for name, (_, slots) in models.items()},
+                "variants": {name: version for versions, _ in ready for name, version in versions.items()},
+                "slots_in_use": {next(iter(versions)): slots for versions, slots in ready},
             }
         )
 
-    async def _readiness(self, variant: VariantConfig) -> tuple[str, tuple[str, int]]:
-        """A variant's name, version and slots in use.
+    async def _readiness(self, variant: VariantConfig) -> tuple[dict[str, str], int]:
+        """What a model writes for, itself first, as `Readiness.versions`; and its slots in use.
 
         Raises:
             TimeoutError, RayError, RayServeException: No replica of it is there.
@@ -187,8 +188,9 @@ class InputHandling:
             # So many questions wait that this one does not get through; a model that writes is ready, and busy.
             if time.monotonic() - self._answering.heard_s.get(variant.name, float("-inf")) > READY_TIMEOUT_S:
                 raise
-            return variant.name, (f"{variant.model}/{variant.version}", self._config.max_batch_slots)
-        return model.variant, (model.model_version, model.slots_in_use)
+            known = (variant, *self._config.adapters(variant))
+            return {each.name: f"{each.model}/{each.version}" for each in known}, self._config.max_batch_slots
+        return model.versions, model.slots_in_use
 
     async def models(self) -> Response:
         """Every name the `model` field takes."""
@@ -271,7 +273,7 @@ class InputHandling:
         # Vectors are compared with one another, so all of a name's come from one variant.
         variant = self._models.resolve(asked.model, asked.model)
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            embedded = await self._language_models[variant.name].embed.remote(asked.prompts)
+            embedded = await self._language_models[variant.name].embed.remote(asked.prompts, variant.adapter)
         _raise_refused(embedded)
         limits.spend(embedded.prompt_tokens)
         size = len(embedded.vectors[0])

@@ -59,6 +59,8 @@ class LanguageModel:
         # The engine's thread and the event loop share the interpreter; the default 5 ms makes deltas late.
         sys.setswitchinterval(0.001)
         self._config, self._variant = config, variant
+        self._variants = {"": variant, **{each.name: each for each in config.adapters(variant)}}
+        """By what a request asks for."""
         self._engine, self._prompts = _load(config, variant)
         self._slots_in_use = gauge(SLOTS_IN_USE)
         self._waits: deque[tuple[float, float]] = deque(maxlen=256)
@@ -75,6 +77,10 @@ class LanguageModel:
             if not isinstance(event, Delta):
                 loop.call_soon_threadsafe(ended.set)
 
+        variant = self._variants.get(request.adapter)
+        if variant is None:
+            yield _absent(request.adapter)
+            return
         most = self._config.max_batch_slots + _max_waiting(self._config, self._variant)
         if request.choices > most:
             what = f"{len(request.prompts)} prompts with n={request.n} are {request.choices} replies: at most {most}"
@@ -106,7 +112,7 @@ class LanguageModel:
             return
         self._show_slots()
         try:
-            begun = Started(sum(len(ids) for ids in prompts.ids), prompts.dropped_messages, self._variant)
+            begun = Started(sum(len(ids) for ids in prompts.ids), prompts.dropped_messages, variant)
             yield begun
             for reply in replies if request.echo else ():
                 yield Delta(self._prompts.text(reply.prompt), choice=reply.choice)
@@ -121,14 +127,16 @@ class LanguageModel:
     def _delta_interval_s(self) -> float:
         return min(DELTA_INTERVAL_S + DELTA_INTERVAL_PER_REPLY_S * self._engine.slots_in_use, MAX_DELTA_INTERVAL_S)
 
-    async def embed(self, inputs: tuple[Prompt, ...]) -> Embedded | Refused:
+    async def embed(self, inputs: tuple[Prompt, ...], adapter: str = "") -> Embedded | Refused:
         """One vector for each of the texts or token lists."""
+        if adapter not in self._variants:
+            return _absent(adapter)
         prompts = [self._prompts.token_ids(one) for one in inputs]
         for prompt in prompts:
             if refusal := self._prompts.check(prompt, "input"):
                 return refusal
         try:
-            vectors = await asyncio.to_thread(self._engine.embed, prompts)
+            vectors = await asyncio.to_thread(self._engine.embed, prompts, adapter)
         except EngineFull:
             return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
         except Unsupported as error:
@@ -152,8 +160,7 @@ class LanguageModel:
     async def ready(self) -> Readiness:
         """Answers once the model is loaded."""
         return Readiness(
-            variant=self._variant.name,
-            model_version=f"{self._variant.model}/{self._variant.version}",
+            versions={each.name: f"{each.model}/{each.version}" for each in self._variants.values()},
             parameters=self._engine.parameters,
             slots=self._config.max_batch_slots,
             slots_in_use=self._engine.slots_in_use,
@@ -175,6 +182,11 @@ class LanguageModel:
         self._slots_in_use.set(self._engine.slots_in_use, {"variant": self._variant.name})
 
 
+def _absent(adapter: str) -> Refused:
+    """Input handling knows a variant that this replica does not have yet, or not any more."""
+    return Refused(503, f"variant {adapter} is not there while versions change; try again shortly", "not_ready")
+
+
 def _max_waiting(config: ServingConfig, variant: VariantConfig) -> int:
     return max(config.max_batch_slots, config.size(variant).max_ongoing_requests)
 
@@ -183,8 +195,9 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
     """The variant's engine, and what comes before and after it.
 
     Raises:
-        ModelError: The engine cannot serve the folder, or is not installed.
+        ModelError: The engine cannot serve the folder or an adapter, or is not installed.
     """
+    from app import adapter
     from app import model as models
     from app.serving.prompts import Prompts
 
@@ -194,19 +207,27 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
         "max_waiting": _max_waiting(config, variant),
     }
     engine: Engine
-    with local_folder(variant.uri) as folder:
+    with contextlib.ExitStack() as folders:
+        folder = folders.enter_context(local_folder(variant.uri))
+        adapters = {
+            each.name: adapter.find(folders.enter_context(local_folder(each.uri))) for each in config.adapters(variant)
+        }
         if variant.engine == "vllm":
             make = _vllm_engine(variant)
             tokenizer, vocabulary = models.load_tokenizer(folder), models.vocabulary(folder)
-            engine = make(folder, tokenizer, vocabulary, config.vllm, **limits)
+            engine = make(folder, tokenizer, vocabulary, config.vllm, adapters=adapters, **limits)
         else:
+            from app.serving.adapters import Adapters
             from app.serving.engine import Engine as TransformersEngine
 
             device = _device(config, variant)
             with ThreadPoolExecutor(1) as loader:  # a thread that ends: see the engine
                 model, tokenizer = loader.submit(models.load, folder, device_map={"": device}).result()
+                beside = loader.submit(Adapters, model, adapters).result()
             vocabulary = model.config.get_text_config().vocab_size
-            engine = TransformersEngine(model, tokenizer, prefix_cache_bytes=config.prefix_cache_bytes, **limits)
+            engine = TransformersEngine(
+                model, tokenizer, prefix_cache_bytes=config.prefix_cache_bytes, adapters=beside, **limits
+            )
     return engine, Prompts(tokenizer, vocabulary, config.context_tokens, config.default_max_tokens)
 
 

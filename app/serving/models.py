@@ -66,7 +66,8 @@ class Models:
             RequestError: 404.
         """
         variant = self._named(name)[0]
-        return model_card(name, self._created[variant.name], variant.name, f"{variant.model}/{variant.version}")
+        version = f"{variant.model}/{variant.version}"
+        return model_card(name, self._created[variant.name], variant.name, version, variant.adapter_of)
 
     def _named(self, name: str) -> list[VariantConfig]:
         if name not in self._names:

@@ -236,12 +236,12 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def model_card(model_id: str, created: int, variant: str, version: str) -> dict[str, Any]:
+def model_card(model_id: str, created: int, variant: str, version: str, adapter_of: str | None) -> dict[str, Any]:
     """One entry of /v1/models."""
     return {
         "id": model_id,
         "object": "model",
         "created": created,
         "owned_by": "rayloop",
-        "rayloop": {"variant": variant, "version": version},
+        "rayloop": {"variant": variant, "version": version, "adapter_of": adapter_of},
     }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from app.serving.adapters import Adapters
 from app.serving.packed_linear import pack
 from app.serving.slot_cache import SlotCache, View
 
@@ -24,6 +25,8 @@ class Piece(NamedTuple):
     begin: int
     """Where they stand. BLOCK_TOKENS at most, and more than one begin at a multiple of that."""
     ids: Sequence[int]
+    adapter: int = 0
+    """Which one its tokens are read with, see adapters.py; 0: none."""
 
 
 class Passes(Protocol):
@@ -47,9 +50,10 @@ class FittingPasses:
 
     prompt_tokens = 512
 
-    def __init__(self, model: PreTrainedModel, slots: int, context_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         pack(model)
         self._model: Any = model
+        self._adapters = adapters
         self.cache = SlotCache(model, slots, context_tokens)
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -64,15 +68,16 @@ class FittingPasses:
         return torch.stack([logits[number] for number in range(len(pieces))])
 
     def _forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        slots, begins, ids = zip(*pieces, strict=True)
+        slots, begins, ids, numbers = zip(*pieces, strict=True)
         view = self.cache.view = View(slots, begins, len(ids[0]), self._model.dtype)
-        output = self._model(
-            input_ids=torch.tensor(ids),
-            position_ids=view.positions,
-            attention_mask=view.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._adapters.of_tokens([(len(ids[0]), number) for number in numbers]):
+            output = self._model(
+                input_ids=torch.tensor(ids),
+                position_ids=view.positions,
+                attention_mask=view.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits

@@ -37,6 +37,8 @@ class Reply:
     """Its number among the answer's replies."""
     scope: str = ""
     """Whose it is: only replies of one scope share what was read of their prompts."""
+    adapter: str = ""
+    """Variant whose adapter it is written with; empty: the base as it is."""
     cached_tokens: int = 0
     """Of the prompt, that did not have to be read."""
     draw: Draw | None = None

@@ -50,6 +50,8 @@ class GenerationRequest:
     """Whether a conversation that is too long loses its oldest turns, rather than be refused."""
     scope: str = ""
     """Name of the API key: only its own requests share what was read of their prompts."""
+    adapter: str = ""
+    """Variant whose adapter is to write; empty: the model itself."""
 
     @property
     def characters(self) -> int:
@@ -252,10 +254,10 @@ class AnswerRequest:
     trims: bool = False
     """Whether a conversation that is too long loses its oldest turns."""
 
-    def generation(self, scope: str) -> GenerationRequest:
+    def generation(self, scope: str, adapter: str) -> GenerationRequest:
         """What the language model is asked for the API key of that name."""
         return GenerationRequest(
-            self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo, self.trims, scope
+            self.prompts, self.sampling, self.stream, self.n, self.tools, self.echo, self.trims, scope, adapter
         )
 
 
@@ -272,8 +274,8 @@ class TextRequest:
 class Readiness:
     """A language model replica that can answer."""
 
-    variant: str
-    model_version: str
+    versions: dict[str, str]
+    """By variant that it writes for, the model version; its own first."""
     parameters: int
     slots: int
     slots_in_use: int

@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from pydantic import ValidationError
@@ -29,12 +29,15 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
+from app import adapter
 from app.errors import ModelError
 from app.serving.engines import EngineFull, Unsupported
 from app.serving.grammar import Grammars
@@ -60,9 +63,10 @@ class VllmEngine:
         slots: Replies written at once.
         context_tokens: Prompt and reply together.
         max_waiting: Requests that may wait for a slot.
+        adapters: By name, folders of low-rank adapters that replies may be written with.
 
     Raises:
-        ModelError: vLLM does not take the folder.
+        ModelError: vLLM does not take the folder, or an adapter.
     """
 
     def __init__(
@@ -74,8 +78,14 @@ class VllmEngine:
         slots: int,
         context_tokens: int,
         max_waiting: int,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         _check(folder)
+        # Numbers that vLLM knows them by, from 1.
+        self._adapters = {
+            name: LoRARequest(name, number, str(place))
+            for number, (name, place) in enumerate((adapters or {}).items(), 1)
+        }
         self.parameters = _parameters(folder)
         self._texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_configured_ends(folder), tokenizer)
@@ -89,9 +99,10 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         try:
-            self._llm: AsyncLLM = self._run(_start(arguments(folder, config, slots, context_tokens)))
-            # What vLLM makes at its first request takes seconds.
-            self._run(_warm_up(self._llm))
+            args = arguments(folder, config, slots, context_tokens, list((adapters or {}).values()))
+            self._llm: AsyncLLM = self._run(_start(args))
+            # What vLLM makes at its first request takes seconds; an adapter that it does not take is known now.
+            self._run(_warm_up(self._llm, [None, *self._adapters.values()]))
         except Exception as error:  # vLLM, pydantic and torch raise a dozen kinds
             self._end_loop()
             raise ModelError(
@@ -138,7 +149,7 @@ class VllmEngine:
             reply.cancelled = True
         self._loop.call_soon_threadsafe(self._abort, replies)
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
         """Not with this engine: vLLM loads a model either to write or to make vectors.
 
         Raises:
@@ -190,6 +201,7 @@ class VllmEngine:
             tokens_input(list(reply.prompt), cache_salt=reply.scope or None),
             sampling_params(reply, self._ends),
             request_id=name,
+            lora_request=self._adapters[reply.adapter] if reply.adapter else None,
         )
         complete = False
         async with aclosing(outputs):
@@ -217,7 +229,9 @@ class VllmEngine:
         return reply.add(token, math.exp(values[token]), token in self._ends, noted)
 
 
-def arguments(folder: Path, config: VllmConfig, slots: int, context_tokens: int) -> AsyncEngineArgs:
+def arguments(
+    folder: Path, config: VllmConfig, slots: int, context_tokens: int, adapters: Sequence[Path] = ()
+) -> AsyncEngineArgs:
     """What vLLM is started with. In a placement group, its workers are Ray actors on that group's bundles."""
     over_ray = config.tensor_parallel_size > 1 and get_current_placement_group() is not None
     return AsyncEngineArgs(
@@ -236,12 +250,27 @@ def arguments(folder: Path, config: VllmConfig, slots: int, context_tokens: int)
         kv_cache_memory_bytes=config.kv_cache_bytes,
         enforce_eager=config.enforce_eager,
         structured_outputs_config={"backend": "guidance"},
+        enable_lora=bool(adapters),
+        # All at once in memory: none has to be loaded while customers wait.
+        max_loras=max(1, len(adapters)),
+        max_lora_rank=_lora_rank(adapters),
         max_logprobs=MAX_TOP_LOGPROBS,
         # vLLM's own default is one and the same seed: replies without one would repeat after every start.
         seed=random.getrandbits(31),
         disable_log_stats=True,
         enable_log_requests=False,
     )
+
+
+def _lora_rank(adapters: Sequence[Path]) -> int:
+    """The smallest that vLLM can be started with for these adapters."""
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    largest = max(map(adapter.rank, adapters), default=1)
+    if largest > max(ranks):
+        raise ModelError(
+            f"an adapter has rank {largest}, vLLM takes {max(ranks)}", "serve it with engine: transformers"
+        )
+    return min(rank for rank in ranks if rank >= largest)
 
 
 def sampling_params(reply: Reply, ends: frozenset[int]) -> SamplingParams:
@@ -300,10 +329,11 @@ def _configured(args: AsyncEngineArgs) -> Any:
         raise ValueError(str(error)) from None  # pydantic's own does not come back from a task
 
 
-async def _warm_up(llm: AsyncLLM) -> None:
+async def _warm_up(llm: AsyncLLM, adapters: Sequence[LoRARequest | None]) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
-    async for _ in llm.generate(tokens_input([0]), params, request_id="warm-up"):
-        pass
+    for number, one in enumerate(adapters):
+        async for _ in llm.generate(tokens_input([0]), params, request_id=f"warm-up-{number}", lora_request=one):
+            pass
 
 
 async def _shut_down(llm: AsyncLLM) -> None:

@@ -68,8 +68,17 @@ class VariantConfig(Section):
     fallback: str | None = None
     """Variant that answers while this one has no replica that accepts a question within `fallback_after_s`: a small
     one while a large one starts. None: questions wait."""
+    adapter_of: str | None = None
+    """Variant beside whose weights this one's low-rank adapters are served: of `uri`, a version trained with
+    `training.method=lora` or what `jobs.export` made of its adapters, only these are loaded, by that variant's
+    replicas. None: it is a model of its own."""
     size: ReplicasConfig | None = None
     """Size of its deployment; none: `language_model`."""
+
+    @property
+    def adapter(self) -> str:
+        """What its model is asked for beside the question: its name where it is an adapter, else nothing."""
+        return self.name if self.adapter_of else ""
 
 
 class VllmConfig(Section):
@@ -236,6 +245,19 @@ class ServingConfig(Section):
         ):  # fmt: skip
             if size.target_latency_s is not None:
                 raise ValueError(f"{name}.target_latency_s has no effect: only language models tell how long they wait")
+        models = {variant.name: variant for variant in self.variants if variant.adapter_of is None}
+        for variant in self.variants:
+            if variant.adapter_of is None:
+                continue
+            if variant.adapter_of not in models:
+                raise ValueError(
+                    f"variant {variant.name} is an adapter of {variant.adapter_of}; the models are {list(models)}"
+                )
+            if variant.size is not None or variant.engine != models[variant.adapter_of].engine:
+                raise ValueError(
+                    f"variant {variant.name} is served by the replicas of {variant.adapter_of}: leave out size, and "
+                    f"set engine: {models[variant.adapter_of].engine}"
+                )
         for variant in self.variants:
             if variant.engine == "transformers" and self.size(variant).gpus > 1:
                 raise ValueError(
@@ -253,8 +275,13 @@ class ServingConfig(Section):
         return self
 
     def size(self, variant: VariantConfig) -> ReplicasConfig:
-        """Of a variant's deployment."""
-        return variant.size or self.language_model
+        """Of the deployment that serves a variant."""
+        base = next((each for each in self.variants if each.name == variant.adapter_of), variant)
+        return base.size or self.language_model
+
+    def adapters(self, base: VariantConfig) -> tuple[VariantConfig, ...]:
+        """The variants that are served beside another's weights."""
+        return tuple(variant for variant in self.variants if variant.adapter_of == base.name)
 
     def at_start(self) -> "ServingConfig":
         """Without what may change while replicas run: two of these that are equal need no new replicas."""

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app import model as models
+from app.adapter import CONFIG, FOLDER, WEIGHTS
 from app.errors import ModelError, StageFailed
 from app.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FOLDER = "adapter"
-"""In a checkpoint, and beside the merged weights in a model folder."""
 
 
 def load_base(training: TrainingConfig, source: str) -> "PreTrainedModel":
@@ -141,7 +139,7 @@ def save(
     (folder / "README.md").unlink()  # peft's model card, empty
     tokenizer.save_pretrained(folder)
     wanted = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    written = load_file(folder / "adapter_model.safetensors")
+    written = load_file(folder / WEIGHTS)
     alike = written.keys() == wanted.keys() and all(
         torch.equal(written[name], weight.cpu()) for name, weight in wanted.items()
     )
@@ -190,10 +188,10 @@ def keep(adapter: Path, model_folder: Path, base_model: str) -> None:
     """Put the adapters into a model folder, and say there which base model they are for."""
     kept = model_folder / FOLDER
     kept.mkdir()
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = base_model
-    (kept / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    shutil.copy(adapter / "adapter_model.safetensors", kept)
+    (kept / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(adapter / WEIGHTS, kept)
 
 
 def parameters(model: Any) -> tuple[int, int]:

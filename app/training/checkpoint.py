@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from app import model as models
+from app.adapter import FOLDER as ADAPTER
 from app.errors import StageFailed, StorageError
 from app.storage import Storage, local_folder
 from app.training import adapters
@@ -99,7 +100,7 @@ class Snapshot:
         pieces.write(self.pieces, self.updates, folder / "state" / f"pieces-{self.rank:05d}.safetensors")
         if self.weights is not None:
             if adapters.is_adapted(self.model):
-                adapters.save(self.model, self.tokenizer, folder / adapters.FOLDER, self.weights)
+                adapters.save(self.model, self.tokenizer, folder / ADAPTER, self.weights)
             else:
                 models.save(self.model, self.tokenizer, folder / "model", self.weights)
                 _check_model(folder / "model", self.score)
@@ -289,7 +290,7 @@ def _written_by(rank: int) -> set[str]:
 
 
 def _is_of_model(path: str) -> bool:
-    return path.startswith(("model/", f"{adapters.FOLDER}/")) and path.endswith(".safetensors")
+    return path.startswith(("model/", f"{ADAPTER}/")) and path.endswith(".safetensors")
 
 
 def _sha256(file: Path) -> str:

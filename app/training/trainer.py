@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from app import cluster, lineage, tables
+from app.adapter import FOLDER as ADAPTER
 from app.config import Config
 from app.errors import StageFailed
 from app.job import job_id
@@ -186,7 +187,7 @@ def _publish(
         model_folder = Path(aside) / "model"
         figures = _figures(metrics, record.run_id)
         if config.training.method == "lora":
-            figures |= _merge(config, table, folder / adapters.FOLDER, model_folder, metrics["perplexity"])
+            figures |= _merge(config, table, folder / ADAPTER, model_folder, metrics["perplexity"])
         else:
             shutil.copytree(folder / "model", model_folder)
         figures |= {
@@ -239,7 +240,7 @@ def _merge(config: Config, table: TableVersion, adapter: Path, model_folder: Pat
     adapters.keep(adapter, model_folder, training.base_model)
     return {
         "merged_perplexity": perplexity,
-        "adapter_bytes": models.weights_bytes(model_folder / adapters.FOLDER),
+        "adapter_bytes": models.weights_bytes(model_folder / ADAPTER),
         "model_bytes": models.weights_bytes(model_folder),
     }
 

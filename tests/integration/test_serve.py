@@ -20,7 +20,7 @@ from ray import serve
 from app import deployment, traffic
 from app.errors import StageFailed
 from app.storage import Storage
-from tests.answering_model import ANSWERS, CONTEXT_TOKENS, ENDLESS, SNAPSHOT_ID, UNSURE
+from tests.answering_model import ADAPTED_ANSWERS, ANSWERS, CONTEXT_TOKENS, ENDLESS, SNAPSHOT_ID, UNSURE
 from tests.conftest import ROOT, RunningCluster, Service
 
 CANARY = "my card is 4111-canary-0001"
@@ -61,7 +61,7 @@ def rayloop(answer: Any) -> dict[str, Any]:
 def test_the_job_says_where_it_answers(service: Service) -> None:
     line = service.last_line
     assert (line["stage"], line["status"], line["outputs"]["url"]) == ("serve", "done", service.url)
-    assert [variant["name"] for variant in line["outputs"]["variants"]] == ["champion"]
+    assert [variant["name"] for variant in line["outputs"]["variants"]] == ["champion", "polite"]
     assert line["figures"]["replicas"] == 6
 
 
@@ -183,7 +183,7 @@ def test_a_stop_string_is_not_part_of_the_answer_streamed_or_not(client: openai.
 
 
 def test_models_are_listed_by_every_name_they_answer_to(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["support", "support/3", "champion"]
+    assert [model.id for model in client.models.list()] == ["support", "support/3", "champion", "support/4", "polite"]
     for name in ("support", "support/3", "champion"):
         assert client.models.retrieve(name).id == name
         completion = client.chat.completions.create(model=name, messages=asked("thank you"))
@@ -360,7 +360,8 @@ def test_an_answer_whose_client_leaves_before_the_functions_have_spoken_is_logge
 def test_health_and_readiness_are_public(service: Service) -> None:
     assert httpx.get(f"{service.url}/health", timeout=60).json() == {"status": "ok"}
     ready = httpx.get(f"{service.url}/ready", timeout=60).json()
-    assert (ready["status"], ready["variants"]) == ("ready", {"champion": "support/3"})
+    assert (ready["status"], ready["variants"]) == ("ready", {"champion": "support/3", "polite": "support/4"})
+    assert set(ready["slots_in_use"]) == {"champion"}
 
 
 def test_the_page_and_its_parts_are_served_with_a_strict_policy(service: Service) -> None:
@@ -506,3 +507,32 @@ def test_metrics_are_exported(cluster: RunningCluster, service: Service) -> None
         return all(name in text for name in wanted)
 
     eventually(exported)
+
+
+def test_an_adapter_beside_the_model_answers_by_its_name_and_by_its_version(client: openai.OpenAI) -> None:
+    for model in ("polite", "support/4"):
+        for question, answer in ADAPTED_ANSWERS.items():
+            raw = client.chat.completions.with_raw_response.create(model=model, messages=asked(question))
+            completion = raw.parse()
+            assert completion.choices[0].message.content == answer
+            assert (completion.model, raw.headers["x-rayloop-variant"]) == ("support/4", "polite")
+            assert rayloop(completion)["variant"] == "polite"
+    cards = {card.id: card.model_extra["rayloop"] for card in client.models.list() if card.model_extra}
+    assert cards["polite"] == {"variant": "polite", "version": "support/4", "adapter_of": "champion"}
+    assert cards["champion"]["adapter_of"] is None
+
+
+def test_replies_with_and_without_an_adapter_are_written_side_by_side(service: Service) -> None:
+    async def ask_all() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=service.api_key, timeout=60) as client:
+            completions = await asyncio.gather(
+                *(
+                    client.chat.completions.create(model=model, messages=asked(question))
+                    for question in ANSWERS
+                    for model in ("support", "polite")
+                )
+            )
+        return [completion.choices[0].message.content for completion in completions]
+
+    expected = [answers[question] for question in ANSWERS for answers in (ANSWERS, ADAPTED_ANSWERS)]
+    assert asyncio.run(ask_all()) == expected

@@ -170,7 +170,7 @@ def test_what_a_person_takes_over_waits_in_a_queue(client: openai.OpenAI, http: 
 def test_a_fallback_answers_while_a_variant_starts_from_zero(
     client: openai.OpenAI, http: httpx.Client, desk: Desk
 ) -> None:
-    (champion,) = desk.settings["variants"]
+    champion, _ = desk.settings["variants"]
     small = {**champion, "name": "student", "version": "4", "weight": 0.0}
     sleeping = {**champion, "fallback": "student", "size": {"replicas": [0, 1], "cpus": 0.2, "downscale_delay_s": 1.0}}
     desk.configured(variants=[sleeping, small], fallback_after_s=0.5)

@@ -41,6 +41,19 @@ def test_a_part_of_the_live_settings_leaves_the_others_as_they_are() -> None:
     [
         ({"variants": [{**VARIANTS[0], "fallback": "none"}]}, "variant a falls back on none"),
         ({"variants": [{**VARIANTS[0], "fallback": "a"}]}, "variant a falls back on a"),
+        ({"variants": [{**VARIANTS[0], "adapter_of": "a"}]}, r"variant a is an adapter of a; the models are \[\]"),
+        (
+            {"variants": [VARIANTS[0], *({**VARIANTS[1], "name": c, "adapter_of": d} for c, d in ("ba", "cb"))]},
+            r"variant c is an adapter of b; the models are \['a'\]",
+        ),
+        (
+            {"variants": [VARIANTS[0], {**VARIANTS[1], "adapter_of": "a", "engine": "vllm"}]},
+            "variant b is served by the replicas of a: leave out size, and set engine: transformers",
+        ),
+        (
+            {"variants": [VARIANTS[0], {**VARIANTS[1], "adapter_of": "a", "size": {"cpus": 1}}]},
+            "variant b is served by the replicas of a",
+        ),
         ({"language_model": {"replicas": [3, 2]}}, "fewest, most"),
         ({"rules": [{"name": "r", "message": "no"}]}, "neither patterns nor intents"),
         ({"rules": [{"name": "r", "message": "no", "patterns": ["("]}]}, "no regular expression"),

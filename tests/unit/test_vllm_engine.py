@@ -1,7 +1,7 @@
 """vLLM's engine by itself, in an environment that has it: `make vllm`, then its pytest. The oracle is transformers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not in this environment: see cluster
 
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 
 from app import model as models
 from app.conversation import prompt_ids
@@ -22,7 +23,7 @@ from app.serving.schema import Delta, Refused, Sampling
 from app.serving.vllm_engine import VllmEngine
 from app.settings.serving import VllmConfig
 from tests import answering_model
-from tests.answering_model import ANSWERS, CONTEXT_TOKENS, ENDLESS, UNSURE
+from tests.answering_model import ADAPTED_ANSWERS, ANSWERS, CONTEXT_TOKENS, ENDLESS, UNSURE
 from tests.engine_replies import GREEDY, Client, submit
 
 CONFIG = VllmConfig(dtype="float32", kv_cache_bytes=2**26, enforce_eager=True)
@@ -32,17 +33,20 @@ SLOTS, WAITING = 4, 60
 class Asking:
     """An engine with the tokenizer that questions need, and the model for comparison."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapters: Mapping[str, Path] | None = None) -> None:
         self.model, self.tokenizer = models.load(folder)
         vocabulary = models.vocabulary(folder)
-        self.engine = VllmEngine(folder, self.tokenizer, vocabulary, CONFIG, SLOTS, CONTEXT_TOKENS, WAITING)
+        self.engine = VllmEngine(folder, self.tokenizer, vocabulary, CONFIG, SLOTS, CONTEXT_TOKENS, WAITING, adapters)
 
     def prompt(self, question: str) -> list[int]:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": question}])
 
-    def ask(self, question: str, sampling: Sampling = GREEDY, max_tokens: int = 100, choice: int = 0) -> Client:
+    def ask(
+        self, question: str, sampling: Sampling = GREEDY, max_tokens: int = 100, choice: int = 0, adapter: str = ""
+    ) -> Client:
         client = Client()
-        submit(self.engine, self.tokenizer, self.prompt(question), sampling, max_tokens, client, choice)
+        prompt = self.prompt(question)
+        submit(self.engine, self.tokenizer, prompt, sampling, max_tokens, client, choice, adapter=adapter)
         return client
 
     def generated(self, question: str, max_tokens: int) -> str:
@@ -208,6 +212,31 @@ def test_parameters_are_those_of_transformers_and_vectors_are_refused(asking: As
     assert asking.engine.parameters == asking.model.num_parameters()
     with pytest.raises(Unsupported, match="/v1/embeddings"):
         asking.engine.embed([[1, 2]])
+
+
+def test_each_reply_of_a_batch_is_written_with_its_own_adapter(folder: Path, tmp_path: Path) -> None:
+    others = engine_processes()
+    answering_model.make_adapter(tmp_path / "polite", folder)
+    answering_model.make_adapter(tmp_path / "welcoming", folder, "You are welcome! ", r=4, target_modules=["q_proj"])
+    asking = Asking(folder, {"polite": tmp_path / "polite", "welcoming": tmp_path / "welcoming"})
+    clients = [(question, asking.ask(question), asking.ask(question, adapter="polite")) for question in ANSWERS]
+    welcoming = asking.ask("thank you", adapter="welcoming")
+    for question, plain, polite in clients:
+        assert (plain.text, polite.text) == (ANSWERS[question], ADAPTED_ANSWERS[question])
+    assert welcoming.text.startswith("You are welcome!")
+    asking.engine.stop()
+    wait_until_processes_are(others)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_when_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    others = engine_processes()
+    answering_model.make_adapter(tmp_path, folder)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.lora_A.weight"))
+    save_file({**weights, name: weights[name][:, :32].contiguous()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="vLLM cannot serve"):
+        Asking(folder, {"polite": tmp_path})
+    wait_until_processes_are(others)
 
 
 def test_int8_of_bitsandbytes_is_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
