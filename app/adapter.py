@@ -120,6 +120,41 @@ def rank(folder: Path) -> int:
     return max(layer.down.shape[0] for layer in read(folder).values())
 
 
+def check_fit(folder: Path, base: Path) -> None:
+    """Refuse adapters for layers of another shape than those of a model folder.
+
+    What that folder stores under other names than its model has is left to whoever loads it.
+
+    Raises:
+        ModelError: Naming the layer; or as `read`.
+    """
+    layers, shapes = read(folder), _shapes(base)
+    for path, layer in layers.items():
+        found, there = (layer.up.shape[0], layer.down.shape[1]), shapes.get(f"{path}.weight")
+        if there not in (None, found):
+            raise misfit(path, found, there)
+
+
+def misfit(path: str, found: tuple[int, int], there: tuple[int, int]) -> ModelError:
+    """Adapters are for a layer of `found`, and it has `there`: outputs and inputs."""
+    return ModelError(
+        f"an adapter of {path} is for {found[1]} inputs and {found[0]} outputs, and the base's layer has "
+        f"{there[1]} and {there[0]}",
+        "serve it beside the model that it was trained beside",
+    )
+
+
+def _shapes(folder: Path) -> "dict[str, Any]":
+    """Of a model folder's weights."""
+    from safetensors import safe_open
+
+    shapes: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
 def _settings(folder: Path) -> Any:
     from peft import LoraConfig, PeftConfig
 

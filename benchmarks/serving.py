@@ -4,10 +4,12 @@
     python -m benchmarks.serving --part application
     python -m benchmarks.serving --part serve
     python -m benchmarks.serving --part scaling --model 30m
+    python -m benchmarks.serving --part adapters --model 7m --users 16
 
 engine       our engine behind uvicorn and nothing else, and peers on the same model folder and the same requests
 application  the application on Ray Serve as users deploy it, against the same engine behind uvicorn
 serve        Ray Serve around a constant, its defaults against other settings
+adapters     one base with eight low-rank adapters beside it, asked without and with them in turn
 scaling      two replicas with and without routing by prefix; a burst of eight times the users; from zero replicas
 
 Models are random Llamas in bfloat16, prompts and lengths of replies those of real conversations (../shared/data; the
@@ -23,11 +25,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import measured
 from benchmarks.serving_client import OBJECTIVE
 from benchmarks.serving_servers import (
+    ADAPTERS,
     FOLDER,
     NAMES,
     ROUND_S,
@@ -35,6 +40,7 @@ from benchmarks.serving_servers import (
     SLOTS,
     VOCABULARY,
     Server,
+    adapters_folder,
     compare,
     model_folder,
     requests_files,
@@ -57,6 +63,46 @@ def engine_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             found = compare(servers, loads, given.repetitions)
             equal = same_texts(servers, size) if given.texts else []
         yield f"Engine, {size}", [*table(found), *equal]
+
+
+def adapters_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Ours and vLLM with adapters beside a base, asked for the base and for the adapters in turn."""
+    for size in given.model:
+        with ExitStack() as stack:
+            servers = []
+            for name in ("ours_adapters", "vllm_adapters"):
+                plain = stack.enter_context(server(name, size))
+                adapted = replace(plain, name=f"{name}_asked", requests=requests_files(size)["adapters"])
+                servers += [plain, adapted]
+            found = compare(servers, [{"users": users} for users in given.users], given.repetitions)
+            same = _as_peft_writes(servers[1], size)
+        yield f"Adapters, {size}", [*table(found), "", same]
+
+
+def _as_peft_writes(ours: Server, size: str) -> str:
+    """How many of some replies are what peft's model writes alone, in bfloat16."""
+    import torch
+    from peft import PeftModel
+
+    from app import model as models
+
+    count = 2 * ADAPTERS
+    texts = ours.ask({"texts": count})["texts"]
+    written = {}
+    for place in sorted(adapters_folder(size).iterdir()):
+        model, tokenizer = models.load(model_folder(size), dtype=torch.bfloat16)
+        adapted: Any = PeftModel.from_pretrained(model, place, autocast_adapter_dtype=False)
+        for number, request in enumerate(json.loads(ours.requests.read_text())[:count]):
+            if request["body"]["model"] == place.name:
+                ids = torch.tensor([request["body"]["prompt"]])
+                with torch.inference_mode():
+                    whole = adapted.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["tokens"],
+                        do_sample=False,
+                    )  # fmt: skip
+                written[number] = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    same = sum(text.strip() == written[number].strip() for number, text in enumerate(texts))
+    return f"Of {count} of our replies asked for one by one, as peft's model writes them in bfloat16: {same}."
 
 
 def same_texts(servers: Sequence[Server], size: str) -> list[str]:
@@ -94,7 +140,7 @@ def _plain_texts(folder: Path, file: Path, count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("engine", "application", "serve", "scaling"), action="append")
+    parser.add_argument("--part", choices=("engine", "adapters", "application", "serve", "scaling"), action="append")
     parser.add_argument("--model", choices=tuple(SHAPES), action="append")
     parser.add_argument("--users", type=int, action="append")
     parser.add_argument("--rate", type=float, action="append", default=[], help="Poisson arrivals a second")
@@ -108,8 +154,8 @@ def main() -> None:
     given = parser.parse_args()
     given.users, given.model = given.users or [1, 4, 8, 16, 32], given.model or list(SHAPES)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    parts = {"engine": engine_part}
-    if any(part != "engine" for part in given.part or ("all",)):
+    parts = {"engine": engine_part, "adapters": adapters_part}
+    if any(part not in parts for part in given.part or ("all",)):
         from benchmarks import serving_application, serving_scaling
 
         parts |= {

@@ -21,7 +21,7 @@ HOME = Path(__file__).parent.parent
 STATE = Path(resolve(".rayloop"))
 FOLDER = STATE / "bench-serving"
 SGD = HOME.parent / "shared" / "data" / "sgd" / "train.jsonl.gz"
-VOCABULARY, CONTEXT_TOKENS, SLOTS = 2_048, 512, 16
+VOCABULARY, CONTEXT_TOKENS, SLOTS, ADAPTERS = 2_048, 512, 16, 8
 SHAPES = {"7m": (256, 8, 4, 688), "30m": (512, 9, 8, 1_376), "120m": (768, 16, 12, 2_048)}
 """Hidden size, layers, heads, feed-forward size."""
 PEERS = {
@@ -33,6 +33,9 @@ BROKEN = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 NAMES = {
     "ours": "ours, two threads", "ours_1": "ours, one thread", "ours_2": "ours, two processes of one thread",
     "static": "generate, static batches of 16", "transformers": "transformers serve",
+    "ours_adapters": "ours, one thread, adapters loaded", "vllm_adapters": "vLLM, CPU, adapters loaded",
+    "ours_adapters_asked": f"ours, one thread, {ADAPTERS} adapters asked in turn",
+    "vllm_adapters_asked": f"vLLM, CPU, {ADAPTERS} adapters asked in turn",
     "vllm": "vLLM, CPU", "vllm_compiled": "vLLM, CPU, compiled", "openvino": "OpenVINO GenAI",
     "application": "our application on Ray Serve",
 }  # fmt: skip
@@ -109,8 +112,27 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
     return [[{"role": m["role"], "content": m["content"]} for m in row["messages"]] for row in rows]
 
 
+def adapters_folder(size: str) -> Path:
+    """Random low-rank adapters of all linear layers of that model, each in a folder by its name; made once."""
+    base = model_folder(size)
+    folder = base.with_name(f"{base.name}-adapters")
+    if len(list(folder.glob("*/adapter_model.safetensors"))) == ADAPTERS:
+        return folder
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from app import model
+
+    torch.manual_seed(1)
+    for number in range(ADAPTERS):
+        net, _ = model.load(base)
+        settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(net, settings).save_pretrained(folder / f"adapter-{number}")  # type: ignore[arg-type]
+    return folder
+
+
 def requests_files(size: str) -> dict[str, Path]:
-    """The same requests in the forms that servers take: token ids, and messages."""
+    """The same requests in the forms that servers take: token ids, messages, and token ids for adapters in turn."""
     import random
 
     from app import model
@@ -130,6 +152,10 @@ def requests_files(size: str) -> dict[str, Path]:
         common = {"model": str(model_folder(size)), "max_tokens": tokens, "temperature": 0.0, "stream": True}
         forms["ids"].append({"body": {**common, "prompt": prompt, "ignore_eos": True}, "tokens": tokens})
         forms["messages"].append({"body": {**common, "messages": messages[:turn]}, "tokens": tokens})
+    forms["adapters"] = [
+        {**request, "body": {**request["body"], "model": f"adapter-{number % ADAPTERS}"}}
+        for number, request in enumerate(forms["ids"])
+    ]
     files = {}
     for form, found in forms.items():
         files[form] = FOLDER / f"{size}-{form}.json"
@@ -160,7 +186,11 @@ def server(name: str, size: str) -> Iterator[Server]:
     ids, chat = f"http://127.0.0.1:{port}/v1/completions", f"http://127.0.0.1:{port}/v1/chat/completions"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOME)}
     url, form = ids, "ids"
-    if name in ("ours", "ours_1", "ours_2", "static"):
+    if name == "ours_adapters":
+        adapters_folder(size)
+        environment |= {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.serving", "adapters", str(folder), str(port)]
+    elif name in ("ours", "ours_1", "ours_2", "static"):
         environment |= {"OMP_NUM_THREADS": "1"} if name in ("ours_1", "ours_2") else {}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.serving"]
         command += ["static" if name == "static" else "engine", str(folder), str(port)]
@@ -178,6 +208,10 @@ def server(name: str, size: str) -> Iterator[Server]:
         command += ["--model", str(folder), "--dtype", "bfloat16", "--max-num-seqs", str(SLOTS)]
         command += ["--max-model-len", str(CONTEXT_TOKENS), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--disable-uvicorn-access-log"] + ([] if name.endswith("compiled") else ["--enforce-eager"])
+        if name.endswith("adapters"):
+            # One place more than adapters: in the last one's place, what has none is written with that.
+            command += ["--enable-lora", "--max-loras", str(ADAPTERS + 1), "--max-lora-rank", "8", "--lora-modules"]
+            command += [f"{place.name}={place}" for place in sorted(adapters_folder(size).iterdir())]
     else:
         bin_ = environment_of("openvino")
         converted = FOLDER / f"{size}-openvino"

@@ -74,14 +74,13 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
 
     settings = serving(config, inputs)
     for variant in settings.variants:
-        with local_folder(variant.uri) as folder:
-            if variant.adapter_of is None:
+        if variant.adapter_of is None:
+            with local_folder(variant.uri) as folder:
                 check_folder(folder)
-            else:
-                adapter.find(folder)
-    for base in settings.variants:
-        for variant in settings.adapters(base):
-            adapter.check_base(_version(variant), _version(base))
+                for adapted in settings.adapters(variant):
+                    adapter.check_base(_version(adapted), _version(variant))
+                    with local_folder(adapted.uri) as beside:
+                        adapter.check_fit(adapter.find(beside), folder)
     if key := ensure_key(Storage(settings.storage_uri)):
         print(f"An API key was made. It is shown this once and kept only as a hash:\n\n    {key}\n", flush=True)
     wanted = application(config, inputs, package_code(Storage(config.storage.uri)))

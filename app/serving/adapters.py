@@ -38,8 +38,9 @@ class Adapters:
         for path in sorted({path for layers in read for path in layers}):
             layer = _layer(model, path)
             pairs = [layers.get(path) for layers in read]
-            for name, pair in zip(folders, pairs, strict=True):
-                _check(name, path, pair, layer)
+            for pair in pairs:
+                if pair:
+                    _check(path, pair, layer)
             down, up = _stacked(pairs, layer, model)
             layer.register_forward_hook(partial(self._add, down, up))
 
@@ -162,16 +163,10 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     return ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
 
 
-def _check(name: str, path: str, pair: adapter.LowRank | None, layer: nn.Linear) -> None:
-    if pair is None:
-        return
-    found, wanted = (pair.down.shape[1], pair.up.shape[0]), (layer.in_features, layer.out_features)
-    if found != wanted:
-        raise ModelError(
-            f"variant {name}: its adapter of {path} is for {found[0]} inputs and {found[1]} outputs, the base's layer "
-            f"has {wanted[0]} and {wanted[1]}",
-            "serve it beside the model that it was trained beside",
-        )
+def _check(path: str, pair: adapter.LowRank, layer: nn.Linear) -> None:
+    found, there = (pair.up.shape[0], pair.down.shape[1]), (layer.out_features, layer.in_features)
+    if found != there:
+        raise adapter.misfit(path, found, there)
 
 
 def _stacked(

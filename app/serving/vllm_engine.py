@@ -81,6 +81,8 @@ class VllmEngine:
         adapters: Mapping[str, Path] | None = None,
     ) -> None:
         _check(folder)
+        for place in (adapters or {}).values():
+            adapter.check_fit(place, folder)  # vLLM takes what is too small, and writes nonsense with it
         # Numbers that vLLM knows them by, from 1.
         self._adapters = {
             name: LoRARequest(name, number, str(place))
@@ -251,8 +253,9 @@ def arguments(
         enforce_eager=config.enforce_eager,
         structured_outputs_config={"backend": "guidance"},
         enable_lora=bool(adapters),
-        # All at once in memory: none has to be loaded while customers wait.
-        max_loras=max(1, len(adapters)),
+        # All at once in memory: none has to be loaded while customers wait. And a place that stays empty: vLLM's CPU
+        # build writes replies without an adapter with what is in the last one (vLLM 0.32; its pull request 48421).
+        max_loras=len(adapters) + 1,
         max_lora_rank=_lora_rank(adapters),
         max_logprobs=MAX_TOP_LOGPROBS,
         # vLLM's own default is one and the same seed: replies without one would repeat after every start.

@@ -3,6 +3,7 @@ with server-sent events, greedily, to exactly so many tokens (the models of the 
 
     python -m benchmarks.peers.serving engine FOLDER PORT      # our engine behind uvicorn and nothing else
     python -m benchmarks.peers.serving engine FOLDER PORT 2    # two such processes, which share the port
+    python -m benchmarks.peers.serving adapters FOLDER PORT    # our engine with the adapters in FOLDER-adapters, by name
     python -m benchmarks.peers.serving static FOLDER PORT      # model.generate over up to 16 requests at once
     python -m benchmarks.peers.serving openvino FOLDER PORT    # openvino-genai's continuous batching
 
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,17 @@ def _loaded(folder: Path) -> Any:
         return loader.submit(models.load, folder, dtype=dtype).result()
 
 
-def engine(folder: Path) -> Submit:
+def adapters(folder: Path) -> Submit:
+    """Ours; a request whose `model` is one of the adapters' names gets that."""
+    return engine(
+        folder, {place.name: place for place in sorted(folder.with_name(f"{folder.name}-adapters").iterdir())}
+    )
+
+
+def engine(folder: Path, beside: Mapping[str, Path] | None = None) -> Submit:
     """Ours."""
     from app.conversation import prompt_ids
+    from app.serving.adapters import Adapters
     from app.serving.engine import Engine
     from app.serving.reply import Reply
     from app.serving.schema import Delta, Event, Sampling
@@ -76,7 +85,8 @@ def engine(folder: Path) -> Submit:
     sys.setswitchinterval(0.001)  # as the product's deployment has it
     model, tokenizer = _loaded(folder)
     prefixes_bytes = ServingConfig().prefix_cache_bytes
-    made = Engine(model, tokenizer, SLOTS, CONTEXT_TOKENS, max_waiting=1_000, prefix_cache_bytes=prefixes_bytes)
+    beside = beside or {}
+    made = Engine(model, tokenizer, SLOTS, CONTEXT_TOKENS, 1_000, prefixes_bytes, adapters=Adapters(model, beside))
     greedy = Sampling(None, 0.0, 1.0, None, ())
 
     def text_of(ids: Sequence[int]) -> str:
@@ -88,7 +98,8 @@ def engine(folder: Path) -> Submit:
             say(event.text if isinstance(event, Delta) else None)
 
         prompt = body.get("prompt") or prompt_ids(tokenizer, body["messages"])
-        replies = [Reply(prompt, greedy, body["max_tokens"], deliver, text_of)]
+        adapter = body["model"] if body["model"] in beside else ""
+        replies = [Reply(prompt, greedy, body["max_tokens"], deliver, text_of, adapter=adapter)]
         made.prepare(replies)
         made.submit(replies)
 
@@ -174,7 +185,7 @@ def main() -> None:
     # The kernel gives each connection to one of the processes that listen.
     others = [subprocess.Popen([sys.executable, "-m", "benchmarks.peers.serving", kind, folder, port, "1"])
               for _ in range(int(processes[0]) - 1)] if processes else []  # fmt: skip
-    made = {"engine": engine, "static": static, "openvino": openvino}[kind](Path(folder))
+    made = {"engine": engine, "adapters": adapters, "static": static, "openvino": openvino}[kind](Path(folder))
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -176,7 +176,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda folder: changed_weights(
                 folder, lambda one: one.update({f"{Q}.lora_A.weight": torch.ones(8, 32)})
             ),
-            "is for 32 inputs and 64 outputs, the base's layer has 64 and 64",
+            "is for 32 inputs and 64 outputs, and the base's layer has 64 and 64",
         ),
         (
             lambda folder: changed_weights(
