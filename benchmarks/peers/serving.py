@@ -3,7 +3,7 @@ with server-sent events, greedily, to exactly so many tokens (the models of the 
 
     python -m benchmarks.peers.serving engine FOLDER PORT      # our engine behind uvicorn and nothing else
     python -m benchmarks.peers.serving engine FOLDER PORT 2    # two such processes, which share the port
-    python -m benchmarks.peers.serving adapters FOLDER PORT    # our engine with the adapters in FOLDER-adapters, by name
+    python -m benchmarks.peers.serving adapters FOLDER PORT    # our engine, beside it the adapters in FOLDER-adapters
     python -m benchmarks.peers.serving static FOLDER PORT      # model.generate over up to 16 requests at once
     python -m benchmarks.peers.serving openvino FOLDER PORT    # openvino-genai's continuous batching
 
@@ -68,9 +68,8 @@ def _loaded(folder: Path) -> Any:
 
 def adapters(folder: Path) -> Submit:
     """Ours; a request whose `model` is one of the adapters' names gets that."""
-    return engine(
-        folder, {place.name: place for place in sorted(folder.with_name(f"{folder.name}-adapters").iterdir())}
-    )
+    beside = folder.with_name(f"{folder.name}-adapters")
+    return engine(folder, {place.name: place for place in sorted(beside.iterdir())})
 
 
 def engine(folder: Path, beside: Mapping[str, Path] | None = None) -> Submit:
@@ -98,7 +97,7 @@ def engine(folder: Path, beside: Mapping[str, Path] | None = None) -> Submit:
             say(event.text if isinstance(event, Delta) else None)
 
         prompt = body.get("prompt") or prompt_ids(tokenizer, body["messages"])
-        adapter = body["model"] if body["model"] in beside else ""
+        adapter = body["model"] if body.get("model") in beside else ""
         replies = [Reply(prompt, greedy, body["max_tokens"], deliver, text_of, adapter=adapter)]
         made.prepare(replies)
         made.submit(replies)
