@@ -149,7 +149,7 @@ class Engine:
 
     def _embedded(self, ids: Sequence[int], adapter: str) -> list[float]:
         body = self._model.base_model
-        with self._adapters.of_tokens([(len(ids), self._adapters.number(adapter))]):
+        with self._adapters.of(torch.tensor([[self._adapters.number(adapter)]], device=self._model.device)):
             hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
         mean_H = hidden_1TH[0].float().mean(dim=0)
         vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
@@ -339,7 +339,7 @@ class Engine:
 
     def _plain(self, ids: Sequence[int], adapter: int) -> torch.Tensor:
         """(1, V) after the last token, by the model's own forward pass."""
-        with self._adapters.of_tokens([(len(ids), adapter)]):
+        with self._adapters.of(torch.tensor([[adapter]], device=self._model.device)):
             logits: torch.Tensor = self._model(torch.tensor([ids], device=self._model.device)).logits[:, -1].float()
         return logits
 

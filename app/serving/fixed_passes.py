@@ -131,7 +131,7 @@ class _Pass:
         view = _FixedView(rows, begins, self._new_tokens, self._length, self._model.dtype)
         self._cache.view = view
         is_step = self._new_tokens == 1
-        with self._adapters.of_rows(adapters):
+        with self._adapters.of(adapters.unsqueeze(1)):
             output = self._model(
                 input_ids=ids,
                 # What is padded may stand where a model with learned positions has none.

@@ -62,7 +62,7 @@ class FlatPasses:
         order = [*(number for number, piece in enumerate(pieces) if len(piece.ids) < BLOCK_TOKENS), *blocks]
         ordered = [pieces[number] for number in order]
         view = self.cache.view = _FlatView(ordered, len(blocks), self._mask)
-        with self._adapters.of_tokens([(len(piece.ids), piece.adapter) for piece in ordered]):
+        with self._adapters.of(view.adapters.unsqueeze(0)):
             output = self._model(
                 input_ids=view.ids.unsqueeze(0),
                 position_ids=view.positions.unsqueeze(0),
@@ -88,6 +88,8 @@ class _FlatView(PassView):
         slots = torch.tensor([piece.slot for piece in pieces])
         begins = torch.tensor([piece.begin for piece in pieces])
         self._rows = slots.repeat_interleave(counts)
+        self.adapters = torch.tensor([piece.adapter for piece in pieces]).repeat_interleave(counts)
+        """(N,)"""
         self.positions = torch.arange(len(self.ids)) + (begins - self.ends + counts - 1).repeat_interleave(counts)
         """(N,)"""
         self._lengths = self.positions + 1

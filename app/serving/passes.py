@@ -70,7 +70,7 @@ class FittingPasses:
     def _forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         slots, begins, ids, numbers = zip(*pieces, strict=True)
         view = self.cache.view = View(slots, begins, len(ids[0]), self._model.dtype)
-        with self._adapters.of_tokens([(len(ids[0]), number) for number in numbers]):
+        with self._adapters.of(torch.tensor(numbers).unsqueeze(1)):
             output = self._model(
                 input_ids=torch.tensor(ids),
                 position_ids=view.positions,

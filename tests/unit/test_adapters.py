@@ -132,7 +132,7 @@ def test_logits_are_pefts_in_bfloat16_and_float32(base: Path, folders: dict[str,
         model, _ = models.load(base, dtype=dtype)
         adapters = Adapters(model, folders)
         for name in ("polite", "welcoming"):
-            with torch.inference_mode(), adapters.of_tokens([(40, adapters.number(name))]):
+            with torch.inference_mode(), adapters.of(torch.tensor([[adapters.number(name)]])):
                 found = model(ids.unsqueeze(0)).logits[0].float()
             oracle = PeftModel.from_pretrained(models.load(base)[0], folders[name])
             with torch.inference_mode():
