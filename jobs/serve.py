@@ -16,10 +16,16 @@ from app.versions import ModelVersion, as_json, digest
 
 def inputs(config: Config) -> dict[str, Any]:
     """The variants the configuration names, else the version of `inputs.model_version`, else the champion."""
-    if config.serving.variants:
-        return {"variants": [variant.model_dump(mode="json") for variant in config.serving.variants]}
     from app.registry import Registry
 
+    if config.serving.variants:
+        found = []
+        for variant in config.serving.variants:
+            if not variant.uri:
+                named = Registry(config.with_overrides({"registry.model": variant.model})).version(variant.version)
+                variant = variant.model_copy(update={"uri": named.uri})
+            found.append(variant.model_dump(mode="json"))
+        return {"variants": found}
     registry = Registry(config)
     champion = registry.alias("champion")
     chosen = registry.version(config.inputs.model_version) if config.inputs.model_version else champion
@@ -31,8 +37,11 @@ def inputs(config: Config) -> dict[str, Any]:
 
 
 def serving(config: Config, inputs: dict[str, Any]) -> ServingConfig:
-    """The serving section with its blanks filled in: where traffic goes, and the variant if none is named."""
-    variants = config.serving.variants or (_variant(ModelVersion(**inputs["model"]), inputs["champion"]),)
+    """The serving section with its blanks filled in: where traffic goes, and what `inputs` found."""
+    if "variants" in inputs:
+        variants = tuple(VariantConfig.model_validate(variant) for variant in inputs["variants"])
+    else:
+        variants = (_variant(ModelVersion(**inputs["model"]), inputs["champion"]),)
     return config.serving.model_copy(
         update={
             "variants": tuple(variant.model_copy(update={"uri": resolve(variant.uri)}) for variant in variants),

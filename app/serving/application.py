@@ -33,11 +33,15 @@ def build_app(args: ServingConfig) -> serve.Application:
     """The application with its deployments bound to each other.
 
     Raises:
-        ConfigError: No variant is named, or two have one name.
+        ConfigError: No variant is named, two have one name, or one has no folder.
     """
     names = [variant.name for variant in args.variants]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"serving.variants names {names or 'nothing'}", "name each model version once")
+    if nowhere := [variant.name for variant in args.variants if not variant.uri]:
+        raise ConfigError(
+            f"serving.variants {nowhere} have no uri", "name their model folders, or deploy with jobs.serve"
+        )
     # By place, not by name: Serve takes a deployment that is not named any more away at once, while one that goes on
     # under its name gives way only once its successor is healthy.
     bases = [variant for variant in args.variants if variant.adapter_of is None]

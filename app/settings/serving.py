@@ -50,7 +50,7 @@ class ReplicasConfig(Section):
 
 
 class VariantConfig(Section):
-    """One model version that is served; `jobs.serve` fills these in from the registry."""
+    """One model version that is served; where none is named, `jobs.serve` serves the champion."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
     """What `x-rayloop-variant`, the traffic log and the metrics call it."""
@@ -58,8 +58,9 @@ class VariantConfig(Section):
     """Its name in the registry."""
     version: str
     """Version in the registry."""
-    uri: str
-    """Its model folder."""
+    uri: str = ""
+    """Its model folder. Empty: `jobs.serve` looks it up in the registry; where Serve is given its own configuration,
+    see cluster/serve.yaml, nobody does."""
     weight: NotNegative = 1.0
     """Share of conversations, relative to the other variants; 0: only those that ask for it by its own name."""
     engine: Literal["transformers", "vllm"] = "transformers"
