@@ -5,6 +5,8 @@ A grammar is a text in llguidance's variant of Lark, made and checked by output_
 Axis: V vocabulary.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from app.errors import ModelError
 from app.serving.output_format import GrammarFailed
+
+KEPT = 16
+"""Grammars that are not read again."""
 
 
 class Grammars:
@@ -28,8 +33,9 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Iterable[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
         self._tokens: LLTokenizer | None = None
-        self._last: tuple[str, LLMatcher] | None = None
-        """The grammar that was read last, at its beginning: choices of one request share it."""
+        self._read: OrderedDict[str, LLMatcher] = OrderedDict()
+        """Those that were read lately, at their beginning: the choices of a request share one, and many requests do."""
+        self._lock = threading.Lock()
 
     def grammar(self, lark: str) -> "Grammar":
         """A new reply's, at its beginning.
@@ -49,11 +55,15 @@ class Grammars:
                     f"replies of a {type(tokenizer).__name__} cannot be held to a grammar ({error})",
                     "use a model with a tokenizer.json",
                 ) from error
-        last = self._last
-        matcher = last[1] if last and last[0] == lark else LLMatcher(self._tokens, lark, log_level=0)
+        with self._lock:
+            matcher = self._read.pop(lark, None)
+        matcher = matcher or LLMatcher(self._tokens, lark, log_level=0)
         if matcher.is_error():
             raise GrammarFailed(matcher.get_error())
-        self._last = lark, matcher
+        with self._lock:
+            self._read[lark] = matcher
+            while len(self._read) > KEPT:
+                self._read.popitem(last=False)
         return Grammar(matcher.deep_copy(), self._vocabulary)
 
 
