@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The local Ray head: start | stop | status, which prints the environment to use it.
 #
-# It listens on 127.0.0.1 only (but Serve's replicas hear each other on all interfaces), wants a token, has its own ports and temporary folder, and leaves any other
-# Ray on the machine alone. What it needs to be found again stands in $RAYLOOP_STATE (default .rayloop):
-# the addresses in cluster.env, the secrets in token and api_key (readable by you alone). Where several are started
-# at the same time, a RAYLOOP_PORT_OFFSET each keeps them from choosing the same ports.
+# It listens on 127.0.0.1 only (but Serve's replicas hear each other on all interfaces), wants a token, has its own ports
+# and temporary folder, and leaves any other Ray on the machine alone. What it needs to be found again stands in
+# $RAYLOOP_STATE (default .rayloop): the addresses in cluster.env, the secrets in token and api_key (readable by you
+# alone). Where several are started at the same time, a RAYLOOP_PORT_OFFSET each keeps them from choosing the same ports.
 set -euo pipefail
 
 home=$(cd "$(dirname "$0")/.." && pwd)

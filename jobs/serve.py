@@ -55,6 +55,23 @@ def _variant(version: ModelVersion, champion: bool) -> VariantConfig:
     return VariantConfig(name=name, model=version.model, version=version.version, uri=version.uri)
 
 
+def _check(settings: ServingConfig) -> None:
+    """Refuse what cannot be served before anything is deployed."""
+    from app import adapter
+    from app.model import check_folder
+    from app.storage import local_folder
+
+    for variant in settings.variants:
+        if variant.adapter_of is None:
+            with local_folder(variant.uri) as folder:
+                check_folder(folder)
+                for adapted in settings.adapters(variant):
+                    with local_folder(adapter.located(adapted.uri)) as beside:
+                        adapter.check_folder(beside)
+                        adapter.check_base(_version(adapted), beside, _version(variant))
+                        adapter.check_fit(beside, folder)
+
+
 def _version(variant: VariantConfig) -> ModelVersion:
     return ModelVersion(variant.model, variant.version, variant.uri)
 
@@ -75,21 +92,11 @@ def application(config: Config, inputs: dict[str, Any], code_uri: str) -> dict[s
 
 def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     """Check the models, see to a key, deploy, and wait until the application answers."""
-    from app import adapter
     from app.deployment import deploy, package_code, replicas
-    from app.model import check_folder
     from app.serving.access import ensure_key
-    from app.storage import local_folder
 
     settings = serving(config, inputs)
-    for variant in settings.variants:
-        if variant.adapter_of is None:
-            with local_folder(variant.uri) as folder:
-                check_folder(folder)
-                for adapted in settings.adapters(variant):
-                    adapter.check_base(_version(adapted), _version(variant))
-                    with local_folder(adapted.uri) as beside:
-                        adapter.check_fit(adapter.find(beside), folder)
+    _check(settings)
     if key := ensure_key(Storage(settings.storage_uri)):
         print(f"An API key was made. It is shown this once and kept only as a hash:\n\n    {key}\n", flush=True)
     wanted = application(config, inputs, package_code(Storage(config.storage.uri)))
@@ -114,11 +121,12 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
     from app.storage import local_folder
 
     settings = serving(config, inputs)
+    _check(settings)
     reads = {}
     for variant in settings.variants:
-        with local_folder(variant.uri) as folder:
-            place = adapter.find(folder) if variant.adapter_of else folder
-            reads[variant.uri] = {"weights_bytes": weights_bytes(place)}
+        place = adapter.located(variant.uri) if variant.adapter_of else variant.uri
+        with local_folder(place) as folder:
+            reads[place] = {"weights_bytes": weights_bytes(folder)}
     storage = Storage(config.storage.uri)
     return {
         "reads": reads,

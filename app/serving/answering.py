@@ -40,10 +40,10 @@ class Answering:
     def __init__(self, response: "DeploymentHandle[Any]", functions: Functions, fallback_after_s: float) -> None:
         self._response, self._functions, self._fallback_after_s = response, functions, fallback_after_s
         self.heard_s: dict[str, float] = {}
-        """By variant, when its model last wrote something."""
+        """By `VariantConfig.deployment`, when its model last wrote something."""
         self._background: set[asyncio.Task[Any]] = set()
         self._waking: dict[str, asyncio.Task[Any]] = {}
-        """By variant, what ends once a replica of it is there."""
+        """By deployment, what ends once a replica of it is there."""
         self._time_to_first_token, self._latency = histogram(TIME_TO_FIRST_TOKEN), histogram(END_TO_END_LATENCY)
         self._prompt_tokens, self._completion_tokens = counter(PROMPT_TOKENS), counter(COMPLETION_TOKENS)
 
@@ -81,7 +81,7 @@ class Answering:
         """The events of the first language model that accepts the question, behind that."""
         for place, (variant, handle) in enumerate(language_models, start=1):
             answer.is_trial = place < len(language_models)
-            if answer.is_trial and variant.name in self._waking:
+            if answer.is_trial and variant.deployment in self._waking:
                 continue
             answer.variant = variant
             events = self._events(answer, handle)
@@ -93,7 +93,7 @@ class Answering:
             except (TimeoutError, RayError, RayServeException):
                 if not answer.is_trial:
                     raise
-                self._wake(variant.name, handle)
+                self._wake(variant.deployment, handle)
             except RequestError as error:
                 if not answer.is_trial or error.status not in (429, 503):
                     raise
@@ -127,7 +127,7 @@ class Answering:
         )
         try:
             async for event in source:
-                self.heard_s[answer.variant.name] = time.monotonic()
+                self.heard_s[answer.variant.deployment] = time.monotonic()
                 if isinstance(event, Refused):
                     answer.settled = not answer.is_trial  # never begun, so nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)

@@ -19,7 +19,7 @@ from app.conversation import normalised
 from app.intent import IntentModel
 from app.serving.schema import Insight, Intent
 from app.settings.serving import ServingConfig, VariantConfig
-from app.storage import local_folder
+from app.storage import Storage, local_folder
 from app.telemetry import FUNCTION_MISSES, counter, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,10 @@ class Functions:
 
 
 def _intent_model(variant: VariantConfig) -> IntentModel | None:
-    with local_folder(variant.uri) as folder:
-        if (folder / "intent").is_dir():
-            return IntentModel.load(folder / "intent")
+    storage = Storage(variant.uri)
+    if storage.exists("intent"):
+        with local_folder(storage.uri("intent")) as folder:
+            return IntentModel.load(folder)
     if variant.adapter_of is None:
         logger.warning("variant %s has no intent model: hand-over by intent is off for it", variant.name)
     return None

@@ -186,7 +186,7 @@ class InputHandling:
                 model = await self._language_models[variant.name].ready.remote()
         except (TimeoutError, BackPressureError):
             # So many questions wait that this one does not get through; a model that writes is ready, and busy.
-            if time.monotonic() - self._answering.heard_s.get(variant.name, float("-inf")) > READY_TIMEOUT_S:
+            if time.monotonic() - self._answering.heard_s.get(variant.deployment, float("-inf")) > READY_TIMEOUT_S:
                 raise
             known = (variant, *self._config.adapters(variant))
             return {each.name: f"{each.model}/{each.version}" for each in known}, self._config.max_batch_slots
@@ -273,7 +273,9 @@ class InputHandling:
         # Vectors are compared with one another, so all of a name's come from one variant.
         variant = self._models.resolve(asked.model, asked.model)
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            embedded = await self._language_models[variant.name].embed.remote(asked.prompts, variant.adapter)
+            embedded = await self._language_models[variant.name].embed.remote(
+                asked.prompts, *filter(None, [variant.adapter])
+            )
         _raise_refused(embedded)
         limits.spend(embedded.prompt_tokens)
         size = len(embedded.vectors[0])

@@ -160,11 +160,13 @@ class LanguageModel:
     async def ready(self) -> Readiness:
         """Answers once the model is loaded."""
         return Readiness(
-            versions={each.name: f"{each.model}/{each.version}" for each in self._variants.values()},
+            variant=self._variant.name,
+            model_version=f"{self._variant.model}/{self._variant.version}",
             parameters=self._engine.parameters,
             slots=self._config.max_batch_slots,
             slots_in_use=self._engine.slots_in_use,
             code=str(APP),
+            adapted={each.name: f"{each.model}/{each.version}" for name, each in self._variants.items() if name},
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -210,7 +212,8 @@ def _load(config: ServingConfig, variant: VariantConfig) -> "tuple[Engine, Promp
     with contextlib.ExitStack() as folders:
         folder = folders.enter_context(local_folder(variant.uri))
         adapters = {
-            each.name: adapter.find(folders.enter_context(local_folder(each.uri))) for each in config.adapters(variant)
+            each.name: folders.enter_context(local_folder(adapter.located(each.uri)))
+            for each in config.adapters(variant)
         }
         if variant.engine == "vllm":
             make = _vllm_engine(variant)

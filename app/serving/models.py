@@ -45,7 +45,9 @@ class Models:
         """A variant, the one that it falls back on, and so on."""
         found = [variant]
         by_name = {each.name: each for each in self._variants}
-        while (name := found[-1].fallback) is not None and by_name[name] not in found:
+        while (name := found[-1].fallback) is not None:
+            if by_name[name].deployment in {each.deployment for each in found}:
+                break
             found.append(by_name[name])
         return found
 

@@ -274,10 +274,17 @@ class TextRequest:
 class Readiness:
     """A language model replica that can answer."""
 
-    versions: dict[str, str]
-    """By variant that it writes for, the model version; its own first."""
+    variant: str
+    model_version: str
     parameters: int
     slots: int
     slots_in_use: int
     code: str
     """Folder of the code it runs"""
+    adapted: dict[str, str] | None = None
+    """Model versions of the adapters beside it, by variant; none: of a replica that knows of none."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of all variants that it writes for, its own first."""
+        return {self.variant: self.model_version, **(self.adapted or {})}

@@ -77,6 +77,11 @@ class VariantConfig(Section):
     """Size of its deployment; none: `language_model`."""
 
     @property
+    def deployment(self) -> str:
+        """The variant whose replicas write: itself, or the one that it is an adapter of."""
+        return self.adapter_of or self.name
+
+    @property
     def adapter(self) -> str:
         """What its model is asked for beside the question: its name where it is an adapter, else nothing."""
         return self.name if self.adapter_of else ""
@@ -240,6 +245,13 @@ class ServingConfig(Section):
         for variant in self.variants:
             if variant.fallback is not None and (variant.fallback not in names or variant.fallback == variant.name):
                 raise ValueError(f"variant {variant.name} falls back on {variant.fallback}; the others are {names}")
+        deployments = {variant.name: variant.deployment for variant in self.variants}
+        for variant in self.variants:
+            if variant.fallback is not None and deployments[variant.fallback] == variant.deployment:
+                raise ValueError(
+                    f"variant {variant.name} falls back on {variant.fallback}, which the same replicas write: name a "
+                    "variant of another model"
+                )
         for name, size in (
             ("input", self.input), ("response", self.response), ("functions.intent", self.functions.intent),
             ("functions.sentiment", self.functions.sentiment),

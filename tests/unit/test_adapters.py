@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_text_with_an_adapter_alone_and_in_any_comp
     company = [asking.ask(question, name, sampling(99)) for question in ANSWERS for name in NAMES]
     assert [client.text for client in [asking.ask(UNSURE, "polite", sampling(seed), 30) for seed in range(8)]] == alone
     assert len(set(alone)) > 2
-    assert all(client.text is not None for client in company)
+    assert all(client.finished.completion_tokens for client in company)
 
 
 def test_vectors_are_the_adapted_models(asking: Asking, base: Path, folders: dict[str, Path]) -> None:
@@ -168,9 +168,12 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda folder: changed_settings(folder, peft_type="IA3"), "no low-rank adapter"),
         (lambda folder: changed_settings(folder, peft_type="no such"), "cannot be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+        (lambda folder: changed_settings(folder, lora_alpha=float("nan")), "is not finite"),
+        (lambda folder: changed_settings(folder, lora_alpha="x"), "lora_alpha is 'x', and should be a number"),
+        (lambda folder: changed_settings(folder, alpha_pattern={"(a+)+$": 1}), "more than names of layers"),
         (lambda folder: changed_weights(folder, lambda one: one.update({f"{Q}.lora_B.bias": torch.ones(64)})), "bias"),
         (lambda folder: changed_weights(folder, lambda one: one.pop(f"{Q}.lora_B.weight")), "do not fit together"),
-        (lambda folder: changed_weights(folder, lambda one: one[f"{Q}.lora_A.weight"].fill_(float("nan"))), "finite"),
+        (lambda folder: changed_weights(folder, lambda one: one[f"{Q}.lora_A.weight"].fill_(torch.nan)), "not finite"),
         (lambda folder: changed_weights(folder, lambda one: one.clear()), "no adapters in it"),
         (
             lambda folder: changed_weights(
@@ -182,7 +185,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda folder: changed_weights(
                 folder, lambda one: one.update({f"{Q}x.lora_{part}.weight": torch.ones(8, 8) for part in "AB"})
             ),
-            "q_projx, which is no linear layer of this base",
+            "q_projx, of which this base has none",
         ),
         (
             lambda folder: changed_weights(
@@ -208,32 +211,105 @@ def test_what_is_no_such_adapter_is_refused_by_what_is_wrong(
 def test_adapters_are_found_alone_and_beside_merged_weights_and_pickled_ones_are_refused(
     folder: Path, tmp_path: Path
 ) -> None:
-    assert adapter.find(folder) == folder
-    beside = tmp_path / "merged"
-    shutil.copytree(folder, beside / "adapter")
-    assert adapter.find(beside) == beside / "adapter"
+    assert adapter.located(str(folder)) == str(folder)
+    merged = tmp_path / "merged"
+    shutil.copytree(folder, merged / "adapter")
+    assert adapter.located(str(merged)) == str(merged / "adapter")
+    adapter.check_folder(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled weights are never loaded"):
-        adapter.find(folder)
+        adapter.check_folder(folder)
     with pytest.raises(ModelError, match="holds no adapters"):
-        adapter.find(tmp_path)
+        adapter.check_folder(tmp_path)
 
 
 def test_adapters_are_served_beside_the_model_that_they_were_trained_beside_or_what_was_compressed_from_it(
     base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    adapted = ModelVersion("support", "4", str(folders["polite"]))  # trained beside support/3
-    adapter.check_base(adapted, ModelVersion("support", "3", str(base)))
-    adapter.check_base(ModelVersion("support", "4", str(tmp_path)), ModelVersion("support", "9", str(base)))
+    place, three = folders["polite"], ModelVersion("support", "3", str(base))
+    adapted = ModelVersion("support", "4", str(place))  # trained beside support/3
+    adapter.check_base(adapted, place, three)
     other = ModelVersion("support", "2", str(base))
     with pytest.raises(ModelError, match=r"adapters of support/4 were trained beside support/3, .* beside support/2"):
-        adapter.check_base(adapted, other)
+        adapter.check_base(adapted, place, other)
     known = lineage.read(str(base))
     for stage, parent, fits in (("compress", "3", True), ("compress", "1", False), ("train", "support/3", False)):
         lineage.write(tmp_path, lineage.Lineage(**{**vars(known), "version": "5", "stage": stage, "parent": parent}))
         smaller = ModelVersion("support", "5", str(tmp_path))
         if fits:
-            adapter.check_base(adapted, smaller)
+            adapter.check_base(adapted, place, smaller)
         else:
             with pytest.raises(ModelError, match="beside support/5"):
-                adapter.check_base(adapted, smaller)
+                adapter.check_base(adapted, place, smaller)
+
+
+def test_adapters_without_lineage_are_known_by_the_base_that_peft_noted(base: Path, folder: Path) -> None:
+    (folder / "lineage.json").unlink()
+    adapted, three = ModelVersion("support", "4", str(folder)), ModelVersion("support", "3", str(base))
+    other = ModelVersion("support", "9", str(base.parent / "other"))
+    changed_settings(folder, base_model_name_or_path=str(base))  # whose lineage says that it is support/3
+    adapter.check_base(adapted, folder, three)
+    with pytest.raises(ModelError, match="were trained beside support/3, and are to be served beside support/9"):
+        adapter.check_base(adapted, folder, other)
+    for unknown in ("meta/llama", "/gone", None):
+        changed_settings(folder, base_model_name_or_path=unknown)
+        adapter.check_base(adapted, folder, other)
+    (folder / "lineage.json").write_text("{")
+    with pytest.raises(ModelError, match=r"lineage\.json cannot be read"):
+        adapter.check_base(adapted, folder, three)
+
+
+def test_what_does_not_fit_is_told_from_the_bases_configuration_alone(base: Path, folder: Path) -> None:
+    adapter.check_fit(folder, base)
+    for path, shape, message in (
+        ("model.layers.0.self_attn.q_proj", (8, 32), "is for 32 inputs"),
+        ("model.layers.7.self_attn.q_proj", (8, 64), "of which this base has none"),
+        ("lm_head", (8, 64), "the output layer"),
+        ("model.embed_tokens", (8, 64), "a Embedding and no nn.Linear"),
+    ):
+        weights = {"A": torch.ones(shape), "B": torch.ones(64, 8)}
+        added = {f"base_model.model.{path}.lora_{part}.weight": weight for part, weight in weights.items()}
+        plain = load_file(folder / "adapter_model.safetensors")
+        save_file({**plain, **added}, folder / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=message):
+            adapter.check_fit(folder, base)
+        save_file(plain, folder / "adapter_model.safetensors")
+
+
+class Shared(torch.nn.Module):
+    """A layer that is given rows and tokens as one, as experts that all tokens share are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4, bias=False)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat: torch.Tensor = self.layer(x.flatten(0, 1))
+        return flat.view_as(x)
+
+
+def test_a_layer_that_is_given_rows_and_tokens_as_one_gets_each_rows_adapter(tmp_path: Path) -> None:
+    model: Any = Shared()
+    for name, rank in (("a", 1), ("b", 3)):
+        weights = {"A": torch.randn(rank, 4), "B": torch.randn(4, rank)}
+        (tmp_path / name).mkdir()
+        save_file(
+            {f"base_model.model.layer.lora_{part}.weight": weight for part, weight in weights.items()},
+            tmp_path / name / "adapter_model.safetensors",
+        )
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["layer"]})
+        )
+    adapters = Adapters(model, {name: tmp_path / name for name in "ab"})
+    x = torch.randn(3, 5, 4)
+    plain = model(x)
+    with adapters.of(torch.tensor([[2], [0], [1]])):
+        found = model(x)
+    for row, name in ((0, "b"), (2, "a")):
+        pair = adapter.read(tmp_path / name)["layer"]
+        torch.testing.assert_close(found[row], plain[row] + x[row] @ pair.down.T @ pair.up.T)
+    assert torch.equal(found[1], plain[1])

@@ -1,11 +1,15 @@
 """What `jobs.serve` makes of its configuration before it deploys anything."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from app import lineage
 from app.config import Config
 from app.errors import ConfigError, ModelError, RegistryError
 from app.registry import Registry
@@ -21,6 +25,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answering_model.make(root / "base")
     shutil.copytree(root / "base", root / "merged")
     answering_model.make_adapter(root / "merged" / "adapter", root / "base")
+    (root / "merged" / "adapter" / "lineage.json").unlink()
+    known = lineage.read(str(root / "base"))
+    lineage.write(root / "base", dataclasses.replace(known, version="1", parent=None, stage="train"))
+    lineage.write(root / "merged", dataclasses.replace(known, version="2", parent="support/1", stage="train"))
     registry = Registry(Config().with_overrides({"storage.uri": str(root / "store")}))
     for name in ("base", "merged"):
         registry.register(registry.start_run("train", {}, {}), str(root / name), {"rayloop.stage": "train"})
@@ -47,7 +55,7 @@ def test_variants_are_looked_up_in_the_registry_where_they_name_no_folder(store:
 def test_a_plan_counts_the_bytes_of_adapters_alone(store: Path) -> None:
     given = config(store)
     reads = serve.plan(given, serve.inputs(given))["reads"]
-    whole, adapters = (reads[str(store / name)]["weights_bytes"] for name in ("base", "merged"))
+    whole, adapters = (reads[str(store / name)]["weights_bytes"] for name in ("base", "merged/adapter"))
     assert 0 < adapters < whole / 2
 
 
@@ -58,3 +66,12 @@ def test_an_adapter_that_does_not_fit_ends_the_job_before_anything_is_deployed(s
     answering_model.make_adapter(tmp_path, store / "base")  # its lineage says that it was trained beside support/3
     with pytest.raises(ModelError, match="were trained beside support/3, and are to be served beside support/1"):
         serve.run(other, serve.inputs(other))
+    (tmp_path / "lineage.json").unlink()
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.lora_A.weight"))
+    save_file({**weights, name: weights[name][:, :32].contiguous()}, tmp_path / "adapter_model.safetensors")
+    for step in (serve.plan, serve.run):
+        with pytest.raises(ModelError, match="is for 32 inputs and 64 outputs"):
+            step(other, serve.inputs(other))

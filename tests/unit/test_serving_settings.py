@@ -47,6 +47,14 @@ def test_a_part_of_the_live_settings_leaves_the_others_as_they_are() -> None:
             r"variant c is an adapter of b; the models are \['a'\]",
         ),
         (
+            {"variants": [VARIANTS[0], {**VARIANTS[1], "adapter_of": "a", "fallback": "a"}]},
+            "variant b falls back on a, which the same replicas write",
+        ),
+        (
+            {"variants": [{**VARIANTS[0], "fallback": "b"}, {**VARIANTS[1], "adapter_of": "a"}]},
+            "variant a falls back on b, which the same replicas write",
+        ),
+        (
             {"variants": [VARIANTS[0], {**VARIANTS[1], "adapter_of": "a", "engine": "vllm"}]},
             "variant b is served by the replicas of a: leave out size, and set engine: transformers",
         ),
