@@ -163,6 +163,27 @@ def check_fit(folder: Path, base: Path) -> None:
         adapted_layer(model, path, layer)
 
 
+def check_tokenizer(folder: Path, base: Path) -> None:
+    """Refuse adapters that bring other tokens or another chat template along: prompts are made as the base's say.
+
+    Raises:
+        ModelError: Saying which differs; or a tokenizer cannot be loaded.
+    """
+    from app.model import load_tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return
+    own, theirs = load_tokenizer(folder), load_tokenizer(base)
+    for what, differs in (
+        ("tokens", own.get_vocab() != theirs.get_vocab()),
+        ("a chat template", own.chat_template not in (None, theirs.chat_template)),
+    ):
+        if differs:
+            raise ModelError(
+                f"{folder} brings {what} of its own, and is served with those of the base", "serve the merged version"
+            )
+
+
 def adapted_layer(model: Any, path: str, pair: LowRank) -> "nn.Linear":
     """The layer of a model that an adapter is for.
 

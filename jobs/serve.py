@@ -70,6 +70,7 @@ def _check(settings: ServingConfig) -> None:
                         adapter.check_folder(beside)
                         adapter.check_base(_version(adapted), beside, _version(variant))
                         adapter.check_fit(beside, folder)
+                        adapter.check_tokenizer(beside, folder)
 
 
 def _version(variant: VariantConfig) -> ModelVersion:

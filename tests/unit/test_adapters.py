@@ -276,6 +276,23 @@ def test_what_does_not_fit_is_told_from_the_bases_configuration_alone(base: Path
         save_file(plain, folder / "adapter_model.safetensors")
 
 
+def test_tokens_and_templates_of_an_adapters_own_are_refused(base: Path, folder: Path) -> None:
+    adapter.check_tokenizer(folder, base)
+    tokenizer = models.load_tokenizer(base)
+    tokenizer.save_pretrained(folder)
+    adapter.check_tokenizer(folder, base)
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = f"{plain}!"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="brings a chat template of its own"):
+        adapter.check_tokenizer(folder, base)
+    tokenizer.chat_template = plain
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="brings tokens of its own"):
+        adapter.check_tokenizer(folder, base)
+
+
 class Shared(torch.nn.Module):
     """A layer that is given rows and tokens as one, as experts that all tokens share are."""
 
