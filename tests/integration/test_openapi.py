@@ -90,4 +90,4 @@ def test_two_thousand_random_requests_are_answered_as_the_document_says(
     record_property("statuses", statuses)
     assert sum(statuses.values()) >= 2_000
     assert not [status for status in statuses if status >= "500"]
-    assert statuses["200"] > 500
+    assert statuses["200"] > 400, "so many are no random refusals"
