@@ -94,13 +94,7 @@ def _as_peft_writes(ours: Server, size: str) -> str:
         adapted: Any = PeftModel.from_pretrained(model, place, autocast_adapter_dtype=False)
         for number, request in enumerate(json.loads(ours.requests.read_text())[:count]):
             if request["body"]["model"] == place.name:
-                ids = torch.tensor([request["body"]["prompt"]])
-                with torch.inference_mode():
-                    whole = adapted.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["tokens"],
-                        do_sample=False,
-                    )  # fmt: skip
-                written[number] = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+                written[number] = _generated(adapted, tokenizer, request)
     same = sum(text.strip() == written[number].strip() for number, text in enumerate(texts))
     return f"Of {count} of our replies asked for one by one, as peft's model writes them in bfloat16: {same}."
 
@@ -127,15 +121,20 @@ def _plain_texts(folder: Path, file: Path, count: int) -> list[str]:
     from app import model as models
 
     model, tokenizer = models.load(folder, dtype=torch.bfloat16)
-    texts = []
-    for request in json.loads(file.read_text())[:count]:
-        ids = torch.tensor([request["body"]["prompt"]])
-        with torch.inference_mode():
-            whole = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["tokens"], do_sample=False
-            )
-        texts.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
+    return [_generated(model, tokenizer, request) for request in json.loads(file.read_text())[:count]]
+
+
+def _generated(model: Any, tokenizer: Any, request: dict[str, Any]) -> str:
+    """What transformers' own loop writes."""
+    import torch
+
+    ids = torch.tensor([request["body"]["prompt"]])
+    with torch.inference_mode():
+        whole = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["tokens"], do_sample=False
+        )
+    text: str = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
 
 
 def main() -> None:

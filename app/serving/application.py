@@ -45,11 +45,11 @@ def build_app(args: ServingConfig) -> serve.Application:
     # By place, not by name: Serve takes a deployment that is not named any more away at once, while one that goes on
     # under its name gives way only once its successor is healthy.
     bases = [variant for variant in args.variants if variant.adapter_of is None]
-    models = {
+    deployed = {
         variant.name: _language_model(args, variant, place).bind(args, variant)
         for place, variant in enumerate(bases, start=1)
     }
-    models |= {variant.name: models[variant.adapter_of] for variant in args.variants if variant.adapter_of}
+    models = {variant.name: deployed[variant.deployment] for variant in args.variants}
     functions = {
         "intent": _deployment(args, IntentFunction, "Intent", args.functions.intent).bind(args),
         "sentiment": _deployment(args, SentimentFunction, "Sentiment", args.functions.sentiment).bind(),

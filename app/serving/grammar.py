@@ -5,9 +5,8 @@ A grammar is a text in llguidance's variant of Lark, made and checked by output_
 Axis: V vocabulary.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,8 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Iterable[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
         self._tokens: LLTokenizer | None = None
-        self._read: OrderedDict[str, LLMatcher] = OrderedDict()
-        """Those that were read lately, at their beginning: the choices of a request share one, and many requests do."""
-        self._lock = threading.Lock()
+        self._beginning = lru_cache(KEPT)(self._read)
+        """The choices of a request share a grammar, and so do many requests."""
 
     def grammar(self, lark: str) -> "Grammar":
         """A new reply's, at its beginning.
@@ -44,6 +42,9 @@ class Grammars:
             ModelError: The model's tokenizer is a slow one.
             GrammarFailed: llguidance does not take it.
         """
+        return Grammar(self._beginning(lark).deep_copy(), self._vocabulary)
+
+    def _read(self, lark: str) -> LLMatcher:
         if self._tokens is None:  # takes a second with a large vocabulary, and most models never need it
             from llguidance.hf import from_tokenizer
 
@@ -55,16 +56,10 @@ class Grammars:
                     f"replies of a {type(tokenizer).__name__} cannot be held to a grammar ({error})",
                     "use a model with a tokenizer.json",
                 ) from error
-        with self._lock:
-            matcher = self._read.pop(lark, None)
-        matcher = matcher or LLMatcher(self._tokens, lark, log_level=0)
+        matcher = LLMatcher(self._tokens, lark, log_level=0)
         if matcher.is_error():
             raise GrammarFailed(matcher.get_error())
-        with self._lock:
-            self._read[lark] = matcher
-            while len(self._read) > KEPT:
-                self._read.popitem(last=False)
-        return Grammar(matcher.deep_copy(), self._vocabulary)
+        return matcher
 
 
 class Grammar:

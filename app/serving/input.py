@@ -273,9 +273,10 @@ class InputHandling:
         # Vectors are compared with one another, so all of a name's come from one variant.
         variant = self._models.resolve(asked.model, asked.model)
         async with asyncio.timeout(CALL_TIMEOUT_S):
-            embedded = await self._language_models[variant.name].embed.remote(
-                asked.prompts, *filter(None, [variant.adapter])
-            )
+            model = self._language_models[variant.name]
+            # While versions change it may be one of before adapters, which takes no name of one.
+            named = (variant.adapter,) if variant.adapter else ()
+            embedded = await model.embed.remote(asked.prompts, *named)
         _raise_refused(embedded)
         limits.spend(embedded.prompt_tokens)
         size = len(embedded.vectors[0])

@@ -87,9 +87,8 @@ class Prompts:
             prompt = prompts[choice // request.n]
             room = self.context_tokens - len(prompt)
             max_tokens = request.sampling.max_tokens or min(self._default_max_tokens, room)
-            reply = Reply(prompt, request.sampling, max_tokens, deliver, self.text, choice, request.scope)
-            reply.adapter = request.adapter
-            replies.append(reply)
+            whose = request.scope, request.adapter
+            replies.append(Reply(prompt, request.sampling, max_tokens, deliver, self.text, choice, *whose))
         return replies
 
     def text(self, ids: Sequence[int], special: bool = False) -> str:
