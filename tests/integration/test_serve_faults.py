@@ -118,6 +118,14 @@ def system_process(title: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def front_door(shop: Shop) -> int | None:
+    """The process that users reach."""
+    port = urlsplit(shop.url).port
+    connections = psutil.net_connections("tcp")
+    found = {each.pid for each in connections if each.status == psutil.CONN_LISTEN and each.laddr.port == port}
+    return found.pop() if len(found) == 1 else None
+
+
 def gone(pid: int) -> bool:
     """Dead; its parent may not have looked yet."""
     try:
@@ -212,7 +220,7 @@ def test_without_its_controller_serve_answers_and_scaling_goes_on_once_it_is_bac
 @pytest.mark.fault("F18", seen="the proxy is gone from /proc; connections broke")
 def test_users_reconnect_once_the_proxy_is_back(shop: Shop, fault: Fault) -> None:
     shop.serve()
-    before = system_process("ProxyActor")
+    before = front_door(shop)
     assert before
     with shop.users(8, fault.random) as users:
         users.answers_after(20)
@@ -220,7 +228,7 @@ def test_users_reconnect_once_the_proxy_is_back(shop: Shop, fault: Fault) -> Non
         os.kill(before, signal.SIGKILL)
         in_flight = users.open
         fault.happened()
-        eventually(lambda: system_process("ProxyActor") not in (None, before))
+        eventually(lambda: front_door(shop) not in (None, before))
         users.answers_after(1)
         fault.recovered()
         back_s = time.monotonic()
@@ -231,6 +239,33 @@ def test_users_reconnect_once_the_proxy_is_back(shop: Shop, fault: Fault) -> Non
     assert {asked.status for asked in users.failed if asked not in in_flight} <= {0}, told(users.failed)
     late = [asked for asked in users.failed if asked.begun_s > back_s]
     assert late == [], told(late)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F18", seen="what keeps HAProxy's configuration is gone from /proc")
+def test_users_notice_nothing_of_the_proxy_s_manager_and_new_replicas_are_found_once_it_is_back(
+    shop: Shop, fault: Fault
+) -> None:
+    shop.serve()
+    before = system_process("HAProxyManager")
+    assert before
+    with shop.users(8, fault.random) as users:
+        users.answers_after(20)
+        time.sleep(fault.random.uniform(0, 2))
+        os.kill(before, signal.SIGKILL)
+        fault.happened()
+        eventually(lambda: system_process("HAProxyManager") not in (None, before))
+        fault.recovered()
+        users.answers_after(20)
+        # Where a replica of the ingress is replaced, only who reads the new configuration finds the new one.
+        (old,) = pids("InputHandling")
+        shop.serve("serving.input.max_ongoing_requests=99")
+        eventually(lambda: old not in pids("InputHandling") and gone(old))
+        assert front_door(shop)
+        users.answers_after(20)
+    assert gone(before)
+    assert users.wrong(ANSWERS) == []
+    assert users.failed == [], told(users.failed)
 
 
 # Versions that change
@@ -522,7 +557,7 @@ def test_readers_that_are_slow_and_then_leave_hold_nobody_up(shop: Shop, fault: 
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer {shop.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
-    proxy = system_process("ProxyActor")
+    proxy = front_door(shop)
     assert proxy
     watched = pids("InputHandling") | {proxy}
     open_files, freed_s = [], []
