@@ -89,7 +89,7 @@ def _as_peft_writes(ours: Server, size: str) -> str:
     count = 2 * ADAPTERS
     texts = ours.ask({"texts": count})["texts"]
     written = {}
-    for place in sorted(adapters_folder(size).iterdir()):
+    for place in sorted(adapters_folder(model_folder(size)).iterdir()):
         model, tokenizer = models.load(model_folder(size), dtype=torch.bfloat16)
         adapted: Any = PeftModel.from_pretrained(model, place, autocast_adapter_dtype=False)
         for number, request in enumerate(json.loads(ours.requests.read_text())[:count]):

@@ -126,10 +126,11 @@ def application_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]
             bare = Server("ours_1", bare.pid, bare.url, {}, requests)
             loads: list[dict[str, Any]] = [{"users": users} for users in given.users] + [{"rate": LOW_RATE}]
             found = serving.compare([bare, served], loads, given.repetitions)
-        yield ", ".join(["Application", size, *given.variable]), [*serving.table(found), "", *_price(found)]
+        yield ", ".join(["Application", size, *given.variable]), [*serving.table(found), "", *price(found)]
 
 
-def _price(found: list[tuple[Any, ...]]) -> list[str]:
+def price(found: list[tuple[Any, ...]]) -> list[str]:
+    """What the application costs over the bare engine, a line a load."""
     lines = []
     for load, _, runs in found[::2]:
         (ours,) = [other for other_load, each, other in found if other_load == load and each.name == "application"]

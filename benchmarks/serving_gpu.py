@@ -2,18 +2,23 @@
 
     python -m benchmarks.serving_gpu --prepare      # where the conversations are: tokenizer and requests
     python -m benchmarks.serving_gpu --out found    # where the GPU is
-    python -m benchmarks.serving_gpu --report found/serving_gpu.json
+    python -m benchmarks.serving_gpu --out found --only application    # there, with a Ray head
+    python -m benchmarks.serving_gpu --report found/serving_gpu.json more/serving_gpu.json
 
 A random Llama of the shape of Llama 3.2 1B (its config.json: 2,048 x 16 layers, 32 heads on 8, 8,192, 128,256 tokens),
 prompts and lengths of replies of real conversations, greedy, in one process, each user asking again at once. Beside it
 `generate` over static batches and transformers' own continuous batching, which is given all requests at the beginning.
 int8 is bitsandbytes' LLM.int8(), with and without looking for outliers; without them its passes can be recorded.
+Adapters: eight of rank 8 on all linear layers. application: the whole application on Ray Serve against the same engine
+behind uvicorn and nothing else, streamed over HTTP.
 """
 
 import argparse
 import gc
 import json
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +31,20 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, Llam
 
 from app import model as models
 from app.serving import fixed_passes
+from app.serving.adapters import Adapters
 from app.serving.engine import Engine
 from app.serving.reply import Reply
 from app.serving.schema import Delta, Event, Finished, Refused, Sampling
 from app.storage import resolve
 from benchmarks import measured
+from benchmarks.serving_servers import ADAPTERS, HOME, Server, adapters_folder, compare, free_port, started
 
 FOLDER = Path(resolve(".rayloop")) / "bench-serving" / "gpu"
 SHAPES = {"1b": (2_048, 16, 32, 8, 8_192, 128_256), "tiny": (64, 2, 4, 2, 128, 4_096)}
 SLOTS, CONTEXT_TOKENS = 64, 512
 GREEDY = Sampling(None, 0.0, 1.0, None, ())
+ADAPTED = "bfloat16, 8 adapters"
+"""Kinds of engine whose name begins so have them."""
 Request = tuple[list[int], int]
 Figures = dict[str, float]
 
@@ -44,10 +53,13 @@ def prepare() -> None:
     """What is made where the conversations are."""
     from benchmarks.serving_servers import model_folder, requests_files
 
+    FOLDER.mkdir(parents=True, exist_ok=True)
     models.load_tokenizer(model_folder("7m")).save_pretrained(FOLDER)
-    rows = json.loads(requests_files("7m")["ids"].read_text())
+    files = requests_files("7m")
+    rows = json.loads(files["ids"].read_text())
     wanted = [[row["body"]["prompt"], row["tokens"]] for row in rows][:1_000]
     (FOLDER / "requests.json").write_text(json.dumps(wanted))
+    (FOLDER / "messages.json").write_text(json.dumps(json.loads(files["messages"].read_text())[:1_000]))
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
@@ -62,8 +74,14 @@ def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
 class Crowd:
     """Users of an engine in this process."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], sampling: Sampling = GREEDY) -> None:
-        self._engine, self._requests, self._sampling = engine, requests, sampling
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        sampling: Sampling = GREEDY,
+        adapters: Sequence[str] = ("",),
+    ) -> None:
+        self._engine, self._requests, self._sampling, self._adapters = engine, requests, sampling, adapters
         self._next, self._ended = 0, False
         self.done: list[tuple[float, Reply, Finished]] = []
         self.failures: list[Refused] = []
@@ -71,6 +89,7 @@ class Crowd:
     def ask(self) -> None:
         """One more question, and another one as soon as it is answered."""
         prompt, tokens = self._requests[self._next % len(self._requests)]
+        adapter = self._adapters[self._next % len(self._adapters)]
         self._next += 1
 
         def deliver(event: Event) -> None:
@@ -81,7 +100,7 @@ class Crowd:
             elif isinstance(event, Refused):
                 self.failures.append(event)
 
-        reply = Reply(prompt, self._sampling, tokens, deliver, lambda ids: "x" * len(ids))
+        reply = Reply(prompt, self._sampling, tokens, deliver, lambda ids: "x" * len(ids), adapter=adapter)
         self._engine.prepare([reply])
         self._engine.submit([reply])
 
@@ -112,11 +131,13 @@ class Crowd:
         }
 
 
-def replies(engine: Engine, requests: Sequence[Request], sampling: Sampling, together: bool) -> list[list[int]]:
-    """Their tokens, asked for one by one or all at once."""
+def replies(
+    engine: Engine, requests: Sequence[Request], sampling: Sampling, together: bool, adapters: Sequence[str] = ("",)
+) -> list[list[int]]:
+    """Their tokens, asked for one by one or all at once, with these adapters in turn."""
     made: list[Reply] = []
     all_ended: list[threading.Event] = []
-    for prompt, tokens in requests:
+    for number, (prompt, tokens) in enumerate(requests):
         ended = threading.Event()
         all_ended.append(ended)
 
@@ -124,7 +145,8 @@ def replies(engine: Engine, requests: Sequence[Request], sampling: Sampling, tog
             if not isinstance(event, Delta):
                 ended.set()
 
-        made.append(Reply(prompt, sampling, tokens, deliver, lambda ids: "x" * len(ids)))
+        adapter = adapters[number % len(adapters)]
+        made.append(Reply(prompt, sampling, tokens, deliver, lambda ids: "x" * len(ids), adapter=adapter))
         engine.prepare(made[-1:])
         engine.submit(made[-1:])
         if not together:
@@ -208,6 +230,39 @@ def passes_ms(engine: Engine) -> dict[str, float]:
     return found
 
 
+def application(folder: Path, device: str, users: Sequence[int], repetitions: int) -> Iterator[tuple[str, Any]]:
+    """What the application on a Ray head does, and the bare engine over HTTP, by name; they take turns."""
+    from benchmarks.serving_application import LOW_RATE, MODEL, deployed, head, price, variant_of
+
+    bodies = json.loads((FOLDER / "messages.json").read_text())
+    for each in bodies:
+        each["body"]["model"] = MODEL
+    requests = FOLDER / "application.json"
+    requests.write_text(json.dumps(bodies))
+    port, gpus = free_port(), int(device == "cuda")
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.serving", "engine", str(folder), str(port)]
+    environment = {
+        **os.environ,
+        "RAYLOOP_BENCH_DEVICE": device,
+        "PYTHONPATH": f"{HOME}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    with head("gpu", {}) as ray, started(command, environment, port, "bare") as pid:
+        settings = {"variants": [variant_of(folder)], "language_model": {"gpus": gpus, "cpus": 2}}
+        served = deployed(ray, settings, requests)
+        bare = Server("ours_1", pid, f"http://127.0.0.1:{port}/v1/chat/completions", {}, requests)
+        loads: list[dict[str, Any]] = [{"users": number} for number in users] + [{"rate": LOW_RATE}]
+        measurements = compare([bare, served], loads, repetitions)
+    for load, server, runs in measurements:
+        what = "the application on Ray Serve" if server is served else "the engine behind uvicorn"
+        names = {"ttft_ms": "ttft_s_p50", "ttft_p99_ms": "ttft_s_p99", "tpot_ms": "tpot_s_p50"}
+        same = ("tokens_per_s", "requests_per_s")
+        yield (
+            f"{what}: {load['users']} users" if "users" in load else f"{what}: {load['rate']:g} arrivals/s",
+            [{n: run[n] for n in same} | {n: run[their] * 1e3 for n, their in names.items()} for run in runs],
+        )
+    yield "what the application costs", price(measurements)
+
+
 def copy_tb_per_s() -> float:
     """Of the GPU's memory, bytes read and written."""
     source = torch.randn(2**29, device="cuda")
@@ -238,7 +293,7 @@ def profile(engine: Engine, requests: Sequence[Request], file: Path) -> None:
 
 
 def plain_model(shape: str, device: str) -> LlamaForCausalLM:
-    """A random one that never chooses its end token."""
+    """A random one that never chooses its end token, nor, greedily, another one that is no text."""
     tokenizer = models.load_tokenizer(FOLDER)
     hidden, layers, heads, groups, feed_forward, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -251,7 +306,7 @@ def plain_model(shape: str, device: str) -> LlamaForCausalLM:
     with torch.device(device):
         net = LlamaForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
-        net.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
+        net.get_input_embeddings().weight[[*tokenizer.added_tokens_decoder, *range(len(tokenizer), vocabulary)]] = 0
     net.train(False)
     return net
 
@@ -260,9 +315,15 @@ def engines(shape: str, device: str, scratch: Path, only: Sequence[str]) -> Iter
     """By name, what makes each."""
     tokenizer = models.load_tokenizer(FOLDER)
 
-    def made(model: Any) -> Engine:
+    def made(model: Any, adapters: Adapters | None = None) -> Engine:
         passes = fixed_passes.FixedPasses
-        return Engine(model, tokenizer, SLOTS, CONTEXT_TOKENS, 1_000, prefix_cache_bytes=0, passes=passes)
+        limits = (SLOTS, CONTEXT_TOKENS, 1_000)
+        return Engine(model, tokenizer, *limits, prefix_cache_bytes=0, passes=passes, adapters=adapters)
+
+    def with_adapters() -> Engine:
+        folders = {place.name: place for place in sorted(adapters_folder(scratch).iterdir())}
+        model = plain_model(shape, device)
+        return made(model, Adapters(model, folders))
 
     def without_graphs(model: Any) -> Engine:
         recorder = fixed_passes._recorder
@@ -278,19 +339,22 @@ def engines(shape: str, device: str, scratch: Path, only: Sequence[str]) -> Iter
 
     kinds: dict[str, Callable[[], Engine]] = {"bfloat16, recorded": lambda: made(plain_model(shape, device))}
     if device == "cuda":
-        models.save(plain_model(shape, device), tokenizer, scratch)
         kinds["int8, recorded"] = lambda: made(int8(0.0))
+    kinds[f"{ADAPTED}, recorded"] = with_adapters
     kinds["bfloat16, not recorded"] = lambda: without_graphs(plain_model(shape, device))
     if device == "cuda":
         kinds["int8, outliers apart, not recorded"] = lambda: made(int8(6.0))
+    models.save(plain_model(shape, device), tokenizer, scratch)
     for name, make in kinds.items():
         if not only or any(name.startswith(one) for one in only):
             yield name, make
 
 
-def report(file: Path) -> None:
-    """The dated table of what was measured where the GPU is."""
-    found: dict[str, Any] = json.loads(file.read_text())
+def report(files: Sequence[Path]) -> None:
+    """The dated table of what runs have measured where the GPU is."""
+    found: dict[str, Any] = {}
+    for file in files:
+        found |= json.loads(file.read_text())
     lines = [
         "# Serving on a GPU", "",
         f"{measured.today()}, commit {found.get('commit', measured.commit())}, one {found['gpu']} (copies "
@@ -330,7 +394,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--report", type=Path, help="the serving_gpu.json of a run: write its table")
+    parser.add_argument("--report", type=Path, nargs="+", help="the serving_gpu.json of runs: write their table")
     given = parser.parse_args()
     if given.report:
         report(given.report)
@@ -356,19 +420,25 @@ def main() -> None:
         (given.out / "serving_gpu.json").write_text(json.dumps(found, indent=1))
 
     scratch = Path("/tmp/rayloop-bench-1b")
+    if given.only == ["application"]:
+        models.save(plain_model(given.shape, given.device), models.load_tokenizer(FOLDER), scratch)
+        for name, value in application(scratch, given.device, given.users or [16], given.repetitions):
+            keep(name, value)
+        return
     for name, make in engines(given.shape, given.device, scratch, given.only):
         try:
             begun_s = time.monotonic()
             engine = make()
             keep(f"{name}: loaded", time.monotonic() - begun_s)
+            adapters = ["", *(f"adapter-{n}" for n in range(ADAPTERS))] if name.startswith(ADAPTED) else [""]
             for users in found["users"]:
-                runs = [Crowd(engine, requests).figures(users, 0.7, given.seconds) for _ in range(given.repetitions)]
-                keep(f"{name}: {users} users", runs)
+                crowds = [Crowd(engine, requests, adapters=adapters) for _ in range(given.repetitions)]
+                keep(f"{name}: {users} users", [crowd.figures(users, 0.7, given.seconds) for crowd in crowds])
             check = requests[:24]
             warm = Sampling(None, 1.0, 0.95, 7, ())
             for what, sampling in (("greedy", GREEDY), ("seeded", warm)):
-                alone = replies(engine, check, sampling, together=False)
-                company = replies(engine, check + requests[24:80], sampling, together=True)[: len(check)]
+                alone = replies(engine, check, sampling, False, adapters)
+                company = replies(engine, check + requests[24:80], sampling, True, adapters)[: len(check)]
                 same = sum(map(list.__eq__, alone, company))
                 keep(f"{name}: {what} replies that are the same in company, of {len(check)}", same)
                 if what == "greedy":

@@ -112,9 +112,8 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
     return [[{"role": m["role"], "content": m["content"]} for m in row["messages"]] for row in rows]
 
 
-def adapters_folder(size: str) -> Path:
+def adapters_folder(base: Path) -> Path:
     """Random low-rank adapters of all linear layers of that model, each in a folder by its name; made once."""
-    base = model_folder(size)
     folder = base.with_name(f"{base.name}-adapters")
     if len(list(folder.glob("*/adapter_model.safetensors"))) == ADAPTERS:
         return folder
@@ -124,10 +123,12 @@ def adapters_folder(size: str) -> Path:
     from app import model
 
     torch.manual_seed(1)
+    net: Any = model.load(base)[0]
     for number in range(ADAPTERS):
-        net, _ = model.load(base)
         settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(net, settings).save_pretrained(folder / f"adapter-{number}")  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(net, settings)
+        adapted.save_pretrained(folder / f"adapter-{number}")
+        net = adapted.unload()
     return folder
 
 
@@ -187,7 +188,7 @@ def server(name: str, size: str) -> Iterator[Server]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HOME)}
     url, form = ids, "ids"
     if name == "ours_adapters":
-        adapters_folder(size)
+        adapters_folder(folder)
         environment |= {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.serving", "adapters", str(folder), str(port)]
     elif name in ("ours", "ours_1", "ours_2", "static"):
@@ -211,7 +212,7 @@ def server(name: str, size: str) -> Iterator[Server]:
         if name.endswith("adapters"):
             # One place more than adapters: in the last one's place, what has none is written with that.
             command += ["--enable-lora", "--max-loras", str(ADAPTERS + 1), "--max-lora-rank", "8", "--lora-modules"]
-            command += [f"{place.name}={place}" for place in sorted(adapters_folder(size).iterdir())]
+            command += [f"{place.name}={place}" for place in sorted(adapters_folder(folder).iterdir())]
     else:
         bin_ = environment_of("openvino")
         converted = FOLDER / f"{size}-openvino"

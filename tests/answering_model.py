@@ -68,18 +68,18 @@ SNAPSHOT_ID = 2**62 + 12345
 CONTEXT_TOKENS = 512
 
 
-def make(folder: Path, int8: bool = False) -> None:
-    """Train and save it; with `int8`, as compression does: bfloat16 with int8 linear layers."""
+def make(folder: Path, int8_threshold: float | None = None) -> None:
+    """Train and save it; with a threshold, as compression does: bfloat16 with int8 linear layers."""
     torch.manual_seed(0)
     texts = [*ANSWERS, *ANSWERS.values(), ENDLESS, "la la la", UNSURE, *(text for talk in _calls() for text in talk)]
     tokenizer = conversation.train_tokenizer(texts, 400)
     net = model.new_model("preset:tiny", tokenizer, CONTEXT_TOKENS, seed=0)
     _learn(net, tokenizer)
     model.save(net, tokenizer, folder)
-    if int8:
+    if int8_threshold is not None:
         from transformers import BitsAndBytesConfig
 
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
         smaller, tokenizer = model.load(folder, dtype=torch.bfloat16, quantization_config=config)
         shutil.rmtree(folder)
         model.save(smaller, tokenizer, folder)

@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 API_KEY = "sk-rayloop-test"
 ENGINE = os.environ.get("RAYLOOP_TEST_ENGINE", "transformers")
 """Of the served application; vllm in an environment that has it, see tests/integration/test_vllm.py."""
+GPUS = int(os.environ.get("RAYLOOP_TEST_GPUS", "0"))
+"""That the served application's language model reserves, where there is one."""
 VLLM = {"dtype": "float32", "kv_cache_bytes": 2**26, "enforce_eager": True}
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -148,7 +150,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import answering_model
 
     folder = tmp_path_factory.mktemp("models") / "model"
-    answering_model.make(folder, int8=ENGINE == "transformers")
+    threshold = None if ENGINE == "vllm" else 0.0 if GPUS else 6.0
+    answering_model.make(folder, threshold)
     return folder
 
 
@@ -193,7 +196,7 @@ def service(
     handover = {"min_reply_confidence": 0.95}
     serving = {
         "port": cluster.http_port, "variants": [variant, polite], "handover": handover, "default_max_tokens": 400,
-        "vllm": VLLM,
+        "vllm": VLLM, "language_model": {"gpus": GPUS},
     }  # fmt: skip
     config = store / "config.yaml"
     config.write_text(yaml.safe_dump({"storage": {"uri": str(store / "store")}, "serving": serving}))

@@ -3,6 +3,7 @@ with server-sent events, greedily, to exactly so many tokens (the models of the 
 
     python -m benchmarks.peers.serving engine FOLDER PORT      # our engine behind uvicorn and nothing else
     python -m benchmarks.peers.serving engine FOLDER PORT 2    # two such processes, which share the port
+    RAYLOOP_BENCH_DEVICE=cuda python -m benchmarks.peers.serving engine FOLDER PORT    # on a GPU
     python -m benchmarks.peers.serving adapters FOLDER PORT    # our engine, beside it the adapters in FOLDER-adapters
     python -m benchmarks.peers.serving static FOLDER PORT      # model.generate over up to 16 requests at once
     python -m benchmarks.peers.serving openvino FOLDER PORT    # openvino-genai's continuous batching
@@ -13,6 +14,7 @@ longest reply; a reply comes as one chunk. openvino: a model converted by optimu
 
 import asyncio
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 SLOTS, CONTEXT_TOKENS = 16, 512
+DEVICE = os.environ.get("RAYLOOP_BENCH_DEVICE", "cpu")
 Say = Callable[[str | None], None]
 """Takes text, and None at the end."""
 Submit = Callable[[dict[str, Any], Say], None]
@@ -63,7 +66,7 @@ def _loaded(folder: Path) -> Any:
 
     dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
     with ThreadPoolExecutor(1) as loader:
-        return loader.submit(models.load, folder, dtype=dtype).result()
+        return loader.submit(models.load, folder, dtype=dtype, device_map={"": DEVICE}).result()
 
 
 def adapters(folder: Path) -> Submit:
