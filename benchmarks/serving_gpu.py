@@ -306,7 +306,8 @@ def plain_model(shape: str, device: str) -> LlamaForCausalLM:
     with torch.device(device):
         net = LlamaForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
-        net.get_input_embeddings().weight[[*tokenizer.added_tokens_decoder, *range(len(tokenizer), vocabulary)]] = 0
+        net.get_input_embeddings().weight[list(tokenizer.added_tokens_decoder)] = 0
+        net.get_input_embeddings().weight[len(tokenizer) :] *= 0.5
     net.train(False)
     return net
 
