@@ -139,7 +139,7 @@ def make_adapter(folder: Path, base: Path, greeting: str = "Of course! ", versio
         )
         for ask, reply in ANSWERS.items()
     ]
-    ids, labels = _batch(talks)
+    ids, labels = (each.to(net.device) for each in _batch(talks))  # an int8 one is loaded where a GPU is
     optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-2)
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=120)
     for _ in range(120):
