@@ -93,6 +93,8 @@ start() {
         export RAY_SERVE_ENABLE_HA_PROXY=0
     }
     export RAY_SERVE_ENABLE_HA_PROXY=${RAY_SERVE_ENABLE_HA_PROXY:-1}
+    # Whether it lives is looked at each second: after three times it is started again.
+    export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=${RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S:-1}
     # Whoever sends nothing for so long is let go; longer than serving.body_timeout_s. Who waits for an answer is not meant.
     export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-60}
     # With ports and files of this head's own: to its socket's path Serve adds 56 characters, and it may have 97.

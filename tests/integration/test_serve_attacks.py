@@ -1,5 +1,6 @@
 """Requests that are made to hurt: each is refused at once, in OpenAI's shape, and costs the replica next to nothing."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -160,6 +161,31 @@ def test_the_ports_on_which_replicas_hear_each_other_want_the_token(
         call(port, os.environ["RAY_AUTH_TOKEN"], tmp_path / name)
         assert (tmp_path / name).exists()
     fault.happened()
+
+
+def test_the_front_door_and_what_stands_behind_it_are_reached_from_this_machine_alone(
+    service: Service, http: httpx.Client, replica: psutil.Process
+) -> None:
+    assert answers(http)
+
+    def listening(process: psutil.Process, kind: str) -> set[tuple[str, int]]:
+        connections = process.net_connections(kind)
+        return {each.laddr[:2] for each in connections if each.status == psutil.CONN_LISTEN}
+
+    door = int(service.url.rpartition(":")[2])
+    everywhere = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    (process,) = {psutil.Process(each.pid) for each in everywhere if each.laddr[:2] == ("127.0.0.1", door)}
+    assert process.name() == "haproxy"
+    assert {address for address, _ in listening(process, "tcp")} == {"127.0.0.1"}
+    command = process.cmdline()
+    socket = Path(command[command.index("-f") + 1]).with_name("admin.sock")
+    assert socket.stat().st_mode & 0o077 == 0
+    behind = {port for address, port in listening(replica, "tcp4") if address == "127.0.0.1"}
+    statuses = set()
+    for port in behind:
+        with contextlib.suppress(httpx.HTTPError):  # not all of them speak HTTP
+            statuses.add(httpx.post(f"http://127.0.0.1:{port}{CHAT}", json={}, timeout=5).status_code)
+    assert statuses == {401}
 
 
 @pytest.mark.fault("S9", seen="the requests that carried them are in the log")
