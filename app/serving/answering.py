@@ -139,7 +139,7 @@ class Answering:
                 yield event
             if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")
-        except (RayError, RayServeException, RequestError):
+        except Exception:  # over gRPC what a model raises arrives as it is
             self._record_broken(answer, "error")
             raise
         except (asyncio.CancelledError, GeneratorExit):
@@ -173,6 +173,9 @@ class Answering:
         except (RayError, RayServeException):
             what = "a part of the service was restarted in mid-reply; try again"
             yield openai_format.event(openai_format.error(503, what, "service_unavailable"))
+        except Exception:  # the gate logs where; it can tell the client nothing any more
+            yield openai_format.event(openai_format.error(500, openai_format.UNEXPECTED, "server_error"))
+            raise
         finally:
             await events.aclose()
 

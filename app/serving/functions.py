@@ -83,10 +83,12 @@ class Functions:
             try:
                 async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
                     found[name] = await call
-            except (TimeoutError, RayError, RayServeException):
+            except Exception as error:  # over gRPC what a function raises arrives as it is; no answer breaks off for it
                 cancel: Any = call.cancel
                 cancel()
                 self._misses.inc(tags={"function": name})
+                if not isinstance(error, TimeoutError | RayError | RayServeException):
+                    logger.error("function %s failed: %s", name, type(error).__name__)
         return Insight(found.get("intent"), found.get("sentiment"))
 
 

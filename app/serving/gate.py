@@ -86,9 +86,7 @@ class Gate:
             logger.error("unexpected %s", type(error).__name__, extra={"fields": {"traceback": where}})
             if status:
                 raise
-            await error_response(500, "something went wrong here; the request id finds it in our log", "server_error")(
-                scope, receive, send_on
-            )
+            await error_response(500, openai_format.UNEXPECTED, "server_error")(scope, receive, send_on)
         finally:
             if visit:
                 self._limiter.leave(visit, status)

@@ -20,6 +20,7 @@ ERROR_TYPES = {
 LEAST_LOGPROB = -9_999.0
 """What OpenAI writes for a token that is as good as impossible; JSON has no infinity."""
 DONE = b"data: [DONE]\n\n"
+UNEXPECTED = "something went wrong here; the request id finds it in our log"
 
 
 @dataclass
