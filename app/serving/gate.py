@@ -38,7 +38,7 @@ _STATUS_HEADERS = {
 
 
 class Gate:
-    """ASGI middleware around the routes. The request id is set, and sent back, by Serve's HTTP proxy."""
+    """ASGI middleware around the routes. The request id is set, and sent back, by Serve."""
 
     def __init__(self, app: ASGIApp, access: Access, limiter: Limiter, config: ServingConfig) -> None:
         self._app, self._access, self._limiter, self._config = app, access, limiter, config

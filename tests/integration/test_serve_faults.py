@@ -237,7 +237,9 @@ def test_users_reconnect_once_the_proxy_is_back(shop: Shop, fault: Fault) -> Non
     assert users.wrong(ANSWERS) == []
     assert any(asked in in_flight for asked in users.failed)
     # HAProxy answers 503 itself until it knows where the application is.
-    assert {asked.status for asked in users.failed if asked not in in_flight} <= {0, 503}, told(users.failed)
+    others = [asked for asked in users.failed if asked not in in_flight]
+    assert {asked.status for asked in others} <= {0, 503}, told(others)
+    assert {asked.error for asked in others if asked.status == 503} <= {"service_unavailable"}, told(others)
     late = [asked for asked in users.failed if asked.begun_s > back_s]
     assert late == [], told(late)
 
@@ -248,14 +250,16 @@ def test_users_notice_nothing_of_the_proxy_s_manager_and_new_replicas_are_found_
     shop: Shop, fault: Fault
 ) -> None:
     shop.serve()
-    before = system_process("HAProxyManager")
+    before, door = system_process("HAProxyManager"), front_door(shop)
     assert before
+    assert door
     with shop.users(8, fault.random) as users:
         users.answers_after(20)
         time.sleep(fault.random.uniform(0, 2))
         os.kill(before, signal.SIGKILL)
         fault.happened()
         eventually(lambda: system_process("HAProxyManager") not in (None, before))
+        eventually(lambda: front_door(shop) not in (None, door))
         fault.recovered()
         users.answers_after(20)
         # Where a replica of the ingress is replaced, only who reads the new configuration finds the new one.

@@ -75,3 +75,13 @@ def test_an_adapter_that_does_not_fit_ends_the_job_before_anything_is_deployed(s
     for step in (serve.plan, serve.run):
         with pytest.raises(ModelError, match="is for 32 inputs and 64 outputs"):
             step(other, serve.inputs(other))
+
+
+def test_with_haproxy_one_address_of_several_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(store).with_overrides({"serving.host": "192.0.2.7"})
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    for step in (serve.plan, serve.run):
+        with pytest.raises(ConfigError, match=r"serving\.host=192\.0\.2\.7: HAProxy calls"):
+            step(given, serve.inputs(given))
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert serve.plan(given, serve.inputs(given))
