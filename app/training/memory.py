@@ -16,8 +16,9 @@ from app.training import attention
 from app.training.deepspeed_config import MOST_REDUCED, deepspeed_config
 
 FP32_BYTES = 4
-RUNTIME_BYTES = 620_000_000
-"""A worker's libraries, before it has a model: Ray, torch, transformers, DeepSpeed. On a GPU they lie in the host."""
+RUNTIME_BYTES = 620_000_000 if torch.version.cuda is None else 910_000_000
+"""A worker's libraries, before it has a model: Ray, torch, transformers, DeepSpeed. On a GPU they lie in the host.
+torch's build with CUDA, which is what most indexes give, loads it on a machine without a GPU too (torch 2.13)."""
 KEPT_FREE_BYTES, KEPT_FREE_SHARE = 12, 0.5
 """What glibc does not give back of freed memory on a CPU: for each weight that stage 3 gathers (10.8 to 13.6
 measured), and as a share of the activations (0.48). Nothing with MALLOC_MMAP_THRESHOLD_=1048576, which makes steps 10
