@@ -104,6 +104,8 @@ start() {
     mkdir -p "$temp/h"
     cp "$home/cluster/haproxy.py" "$temp/h/" # the head goes on, whatever becomes of the working tree
     export RAY_SERVE_HAPROXY_BINARY_PATH=${RAY_SERVE_HAPROXY_BINARY_PATH:-$temp/h/haproxy.py}
+    # A leaving replica stays until HAProxy on this machine has left it out, not until a load balancer elsewhere has.
+    export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=${RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S:-5}
     # A reply that is still written so long after a change of the configuration is cut off.
     export RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=${RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S:-600}
     # Below what the system gives to connections.
