@@ -3,7 +3,7 @@
     make servers
     python -m benchmarks.faults --runs 3
     RAYLOOP_FAULT_SEEDS=3 python -m pytest --junitxml=FILE; python -m benchmarks.faults --runs 3 --report FILE
-    RAYLOOP_FAULT_SEEDS=3 python -m pytest tests/integration/test_serve_faults.py --junitxml=FILE
+    RAYLOOP_FAULT_SEEDS=3 python -m pytest tests/integration/test_serve_{faults,versions,crowds}.py --junitxml=FILE
     python -m benchmarks.faults --runs 3 --report FILE --name serving_faults
 
 Runs the tests that carry the mark `fault` through pytest, once for each seed; see tests/faults.py. Writes

@@ -217,6 +217,19 @@ def service(
 
 
 @pytest.fixture(scope="module")
+def shop(
+    service: Service, cluster: RunningCluster, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """The application in the place of the suite's, which is deployed again afterwards; see tests/shop.py."""
+    from tests.shop import open_shop
+
+    yield open_shop(service, cluster.http_port, model_folder, tmp_path_factory.mktemp("versions"))
+    command = [sys.executable, "-m", "jobs.serve", "--config", str(service.config)]
+    environment = {**os.environ, "RAYLOOP_API_KEY": service.api_key}
+    subprocess.run(command, env=environment, capture_output=True, cwd=ROOT, timeout=600, check=True)
+
+
+@pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[openai.OpenAI]:
     """OpenAI's own, which tries nothing twice."""
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.api_key, max_retries=0, timeout=60) as client:
