@@ -17,6 +17,7 @@ from app.errors import RequestError
 from app.serving import limits, openai_format
 from app.serving.answer import Answer
 from app.serving.functions import Functions
+from app.serving.models import version_gone
 from app.serving.schema import Conclusion, Delta, Event, Finished, Refused, Started
 from app.settings.serving import VariantConfig
 from app.telemetry import (
@@ -134,8 +135,7 @@ class Answering:
                 if isinstance(event, Started) and answer.is_outdated(event):
                     source.cancel()
                     answer.settled = True
-                    what = f"model {answer.request.model!r} is no longer here: another version took over"
-                    raise RequestError(404, what, "model_not_found", "model")
+                    raise version_gone(answer.request.model)
                 yield event
             if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")

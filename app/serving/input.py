@@ -36,7 +36,7 @@ from app.serving.functions import Functions
 from app.serving.gate import Gate, error_response
 from app.serving.guard import Guard
 from app.serving.limits import Limiter
-from app.serving.models import Models
+from app.serving.models import Models, version_gone
 from app.serving.openai_format import embeddings
 from app.serving.openapi import document
 from app.serving.requests import (
@@ -278,12 +278,16 @@ class InputHandling:
             named = (variant.adapter,) if variant.adapter else ()
             embedded = await model.embed.remote(asked.prompts, *named)
         _raise_refused(embedded)
+        # While versions change, not always the one that is known here.
+        found = embedded.variant or variant
+        version = f"{found.model}/{found.version}"
+        if asked.model == f"{variant.model}/{variant.version}" != version:
+            raise version_gone(asked.model)
         limits.spend(embedded.prompt_tokens)
         size = len(embedded.vectors[0])
         if body.dimensions not in (None, size):
             what = f"dimensions={body.dimensions} is not supported: this model's vectors have {size}"
             raise RequestError(400, what, "unsupported_value", "dimensions")
-        version = f"{variant.model}/{variant.version}"
         return JSONResponse(embeddings(embedded, version, is_base64=body.encoding_format == "base64"))
 
     async def tokenize(self, request: Request) -> Response:

@@ -129,7 +129,8 @@ class LanguageModel:
 
     async def embed(self, inputs: tuple[Prompt, ...], adapter: str = "") -> Embedded | Refused:
         """One vector for each of the texts or token lists."""
-        if adapter not in self._variants:
+        variant = self._variants.get(adapter)
+        if variant is None:
             return _absent(adapter)
         prompts = [self._prompts.token_ids(one) for one in inputs]
         for prompt in prompts:
@@ -141,7 +142,8 @@ class LanguageModel:
             return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
         except Unsupported as error:
             return Refused(400, str(error), "unsupported")
-        return Embedded(tuple(tuple(vector) for vector in vectors), sum(len(prompt) for prompt in prompts))
+        prompt_tokens = sum(len(prompt) for prompt in prompts)
+        return Embedded(tuple(tuple(vector) for vector in vectors), prompt_tokens, variant)
 
     async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens | Refused:
         """A text's or conversation's tokens."""

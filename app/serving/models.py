@@ -80,6 +80,11 @@ class Models:
         return self._names[name]
 
 
+def version_gone(name: str) -> RequestError:
+    """For who named one version, where another version's replica would answer: versions change at this moment."""
+    return RequestError(404, f"model {name!r} is no longer here: another version took over", "model_not_found", "model")
+
+
 def _created(variant: VariantConfig) -> int:
     """When the model was made; without lineage, when it was first served."""
     try:

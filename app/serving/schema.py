@@ -139,6 +139,8 @@ class Embedded:
     vectors: tuple[tuple[float, ...], ...]
     """(texts, hidden size), each of length 1"""
     prompt_tokens: int
+    variant: VariantConfig | None = None
+    """Whose vectors they are, as in `Started`."""
 
 
 @dataclass(frozen=True)
