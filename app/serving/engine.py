@@ -9,6 +9,7 @@ Axes: B running replies, T positions, V vocabulary.
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -152,6 +153,8 @@ class Engine:
         with self._adapters.of(torch.tensor([[self._adapters.number(adapter)]], device=self._model.device)):
             hidden_1TH = body(torch.tensor([ids], device=self._model.device), use_cache=False).last_hidden_state
         mean_H = hidden_1TH[0].float().mean(dim=0)
+        if not mean_H.isfinite().all():
+            raise _no_numbers()
         vector: list[float] = torch.nn.functional.normalize(mean_H, dim=0).tolist()
         return vector
 
@@ -288,15 +291,23 @@ class Engine:
         if draw.grammar and (failure := draw.grammar.failure):
             reply.fail(Refused(400, f"the reply could not be held to its format: {failure}", "invalid_json_schema"))
             return True
+        if math.isnan(probability):
+            reply.fail(Refused(500, str(_no_numbers()), "server_error"))
+            return True
         noted = self._texts.likely(logits_V, token, reply.sampling.top_logprobs or 0) if reply.tells_logprobs else None
         return reply.add(token, probability, token in self._ends, noted)
 
     def _free(self, slot: int) -> None:
         """Take a reply out; the last one moves into its row, so that the rows in use stay the first ones."""
+        cache, left = self._passes.cache, self._running[slot]
         moved = self._running.pop()
+        if self._passes.reads_masked:
+            cache.clear(slot, left.reply.length)
         if slot < len(self._running):
-            self._passes.cache.move(len(self._running), slot, moved.reply.length)
+            cache.move(len(self._running), slot, moved.reply.length)
             self._running[slot] = moved
+            if self._passes.reads_masked:
+                cache.clear(len(self._running), moved.reply.length)
 
     def _check(self) -> None:
         """Make the passes: the first kind that computes what the model does."""
@@ -365,6 +376,13 @@ class _Running:
     def newest(self, slot: int) -> Planned:
         """Its last token, which is not in the cache yet."""
         return Piece(slot, self.reply.length - 1, self.reply.tokens[-1:], self.adapter), None
+
+
+def _no_numbers() -> ModelError:
+    """Where a token's weights are damaged, only texts that have it are to suffer."""
+    return ModelError(
+        "the language model computes what is no number for this text", "ask with another text, or another version"
+    )
 
 
 def _kinds(model: PreTrainedModel) -> list[Kind]:

@@ -31,6 +31,7 @@ class FixedPasses:
     """
 
     prompt_tokens = 4 * PIECES * BLOCK_TOKENS
+    reads_masked = True
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         self.cache = SlotCache(model, slots + 1, context_tokens)

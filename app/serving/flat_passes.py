@@ -30,6 +30,7 @@ class FlatPasses:
     """
 
     prompt_tokens = 512
+    reads_masked = False
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         pack(model)

@@ -142,6 +142,8 @@ class LanguageModel:
             return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
         except Unsupported as error:
             return Refused(400, str(error), "unsupported")
+        except ModelError as error:
+            return Refused(500, str(error), "server_error")
         prompt_tokens = sum(len(prompt) for prompt in prompts)
         return Embedded(tuple(tuple(vector) for vector in vectors), prompt_tokens, variant)
 

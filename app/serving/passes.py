@@ -36,6 +36,9 @@ class Passes(Protocol):
     cache: SlotCache
     prompt_tokens: int
     """Of prompts, that one run reads at most, BLOCK_TOKENS or more: running replies do not stall."""
+    reads_masked: bool
+    """Whether attention also runs over positions that it then weighs with nothing. What an earlier reply left there
+    must be numbers: nothing times none is none."""
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Put them into their slots, those of a slot in their order; returns logits_BV, after each."""
@@ -49,6 +52,7 @@ class FittingPasses:
     """
 
     prompt_tokens = 512
+    reads_masked = True
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, slots: int, context_tokens: int) -> None:
         pack(model)

@@ -120,6 +120,12 @@ class SlotCache(Cache):
             for states in (layer.keys, layer.values):
                 states[target, :, :length] = states[source, :, :length]
 
+    def clear(self, row: int, length: int) -> None:
+        """Zeros at a row's first positions, up to a whole LENGTH_STEP."""
+        for layer in self._slot_layers:
+            for states in (layer.keys, layer.values):
+                states[row, :, : rounded_up(length)] = 0
+
     def block(self, slot: int, begin: int, tokens: int) -> torch.Tensor:
         """A copy of some positions of a row: (layers, keys and values, heads, tokens, head size)."""
         return torch.stack(

@@ -195,6 +195,43 @@ def test_an_engine_that_breaks_tells_its_clients_and_its_health_check(float_fold
         asking.ask("thank you")
 
 
+@pytest.mark.parametrize("passes", [FlatPasses, FittingPasses, FixedPasses])
+def test_a_token_whose_weights_are_no_numbers_costs_nobody_else_a_reply(float_folder: Path, passes: Any) -> None:
+    _, tokenizer = models.load(float_folder)
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=1, **shape)).eval()
+    harmless = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [token % 30 + 100 for token in range(70)]]
+    with torch.inference_mode():
+        net.get_input_embeddings().weight[50] = torch.nan
+    expected = plain(net, harmless)
+    engine = Engine(net, tokenizer, 2, 256, 20, 0, passes)
+
+    def written(prompts: Sequence[list[int]]) -> tuple[list[Client], list[Any]]:
+        clients = [Client() for _ in prompts]
+        requests = [
+            submit(engine, tokenizer, prompt, GREEDY, 20, client)
+            for prompt, client in zip(prompts, clients, strict=True)
+        ]
+        return clients, requests
+
+    for damaged in ([5, 50, 7, 8], [50, *[token % 30 + 60 for token in range(150)]]):
+        (refused, *clients), (_, *requests) = written([damaged, *harmless])
+        assert refused.done.wait(30)
+        assert isinstance(refused.events[-1], Refused)
+        assert (refused.events[-1].status, refused.text) == (500, "")
+        assert "no number for this text" in refused.events[-1].what
+        _, (left,) = written([damaged])
+        engine.cancel([left])
+        more, others = written([*harmless, *harmless])
+        assert all(client.done.wait(30) for client in [*clients, *more])
+        assert [request.tokens for request in [*requests, *others]] == expected * 3
+    with pytest.raises(ModelError, match="no number for this text"):
+        engine.embed([[5, 50]])
+    engine.stop()
+    assert engine.failure is None
+
+
 def test_a_model_with_learned_positions_and_another_layout_is_served_alike(float_folder: Path) -> None:
     _, tokenizer = models.load(float_folder)
     torch.manual_seed(1)
