@@ -131,7 +131,10 @@ def _out_of_reach(
             "rayloop-cache-* there, and end runs that still train on them",
         ),
         "exports": (exports, "files of versions that are gone: delete them or export again"),
-        "files": (elsewhere(config, sought), "lines with an id or a text, in logs and reports: edit or delete them"),
+        "files": (
+            elsewhere(config, sought),
+            "lines with an id or a text, in logs, reports and what serving keeps: edit or delete them",
+        ),
         "staged_runs": (
             Storage(config.storage.uri).list(STAGING),
             "blocks of ingests that run or were killed: jobs.maintain removes them once they are old enough",

@@ -25,7 +25,7 @@ LEAST_EXCERPT_CHARS = 200
 """A refused record's excerpt of so many characters is known by its text."""
 LEAST_TEXT_CHARS = 30
 """Shorter messages are said by many customers, so they are not looked for elsewhere."""
-ELSEWHERE = ("traffic", "reports")
+ELSEWHERE = ("traffic", "reports", "handovers", "serving/conversations")
 """Folders of the storage root that may hold texts of conversations."""
 
 Mask = Callable[[pa.RecordBatch], pa.Array]

@@ -1,6 +1,6 @@
 """Conversations that the service remembers, so that a follow-up needs only the new message.
 
-    serving/conversations/<digest>.json     {"updated_at": ..., "messages": [...]} in OpenAI's form
+    serving/conversations/<digest>.json  {"conversation_id": ..., "updated_at": ..., "messages": [...]} in OpenAI's form
 
 One belongs to the API key's name that began it: nobody else can go on with it or read it. It is forgotten once
 nothing was said for `conversation_ttl_s`.
@@ -88,8 +88,9 @@ class Conversations:
             StorageError: It cannot be written.
         """
         messages = _recent([*said, *turn.messages, reply])
-        content = json.dumps({"updated_at": time.time(), "messages": messages}, ensure_ascii=True)
-        self._storage.write(content.encode(), *_FOLDER, _name(turn.owner, turn.conversation_id))
+        content = {"conversation_id": turn.conversation_id, "updated_at": time.time(), "messages": messages}
+        name = _name(turn.owner, turn.conversation_id)
+        self._storage.write(json.dumps(content, ensure_ascii=True).encode(), *_FOLDER, name)
 
     def forget_old(self) -> int:
         """Remove those that nobody went on with for too long; returns how many."""

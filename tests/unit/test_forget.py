@@ -11,6 +11,7 @@ from app.errors import RegistryError, TableChanged, TableError
 from app.forget import Outcome, forget
 from app.ingestion.quarantine import QUARANTINE
 from app.registry import Registry
+from app.serving.conversations import Conversations, Turn
 from app.settings.tables import ExportConfig
 from app.storage import Storage
 from app.table_maintenance import expire
@@ -220,10 +221,18 @@ def test_places_that_still_tell_of_them_are_named(made: Forgettable) -> None:
         b'{"conversation_id": "conversation-103"}\n{"conversation_id": "conversation-1030"}\n', "traffic", "a"
     )
     storage.write(f"<td>{text(110)}</td>".encode(), "reports", "ingest", "report.html")
+    remembered = Conversations(storage, 60.0)
+    for conversation_id in ("conversation-103", "conversation-1030"):
+        turn = Turn("web", conversation_id, 0, ({"role": "user", "content": "hi"},))
+        with remembered.going_on(turn) as said:
+            remembered.add(turn, said, {"role": "assistant", "content": "hello"})
+    storage.write(json.dumps({"question": text(110)}).encode(), "handovers", "open", "r.json")
     outcome = forget(config, GONE, SETTINGS)
     told = {name: entry["what"] for name, entry in outcome.out_of_reach.items()}
     assert told["exports"] == [uri]
-    assert told["files"] == {"traffic/a": 1, "reports/ingest/report.html": 1}
+    kept = [name for name in told["files"] if name.startswith("serving/conversations/")]
+    assert len(kept) == 1
+    assert told["files"] == {"traffic/a": 1, "reports/ingest/report.html": 1, "handovers/open/r.json": 1, kept[0]: 1}
     assert told["sources"] == {"file:///in.jsonl": 4}
     assert all(entry["remedy"] for entry in outcome.out_of_reach.values())
 
