@@ -1,15 +1,17 @@
 """Prompts as tokens, tokens as text: what the language model does before and after its engine."""
 
+import copy
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from app.conversation import Message, normalised, prompt_ids
+from app.conversation import CHAT_TEMPLATE, Message, normalised, prompt_ids
 from app.serving import tools as tool_format
 from app.serving.reply import Reply
-from app.serving.schema import Event, GenerationRequest, Prompt, Refused
+from app.serving.schema import Event, GenerationRequest, Prompt, Refused, characters
 
 MOST_CHARS_A_TOKEN = 128
 """More than a token of any common vocabulary has: what is longer cannot fit and is not tokenised."""
@@ -38,6 +40,9 @@ class Prompts:
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, context_tokens: int, default_max_tokens: int
     ) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        # Whether markers in a text are text is a setting that transformers changes in the tokenizer itself, which
+        # several threads use: where a template needs another one than plain texts do, each has a tokenizer of its own.
+        self._plain = tokenizer if tokenizer.chat_template == CHAT_TEMPLATE else copy.deepcopy(tokenizer)
         self.context_tokens, self._default_max_tokens = context_tokens, default_max_tokens
         template = str(tokenizer.chat_template)
         self._shows_tools = tool_format.OPEN in template and "tools" in template
@@ -45,7 +50,7 @@ class Prompts:
     def token_ids(self, prompt: Prompt, tools: Sequence[str] = ()) -> list[int]:
         """A prompt's tokens. What looks like a special token in a text is text."""
         if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+            ids: list[int] = self._plain.encode(prompt, add_special_tokens=False, split_special_tokens=True)
             return ids
         messages: list[Message] = []
         tokens: list[int] = []
@@ -69,14 +74,32 @@ class Prompts:
                 return Refused(400, what, "invalid_value", "logit_bias")
         accepted, dropped = [], 0
         for prompt in request.prompts:
-            while isinstance(ids := self._fitting(prompt, request), Refused):
-                shorter = without_oldest_turn(prompt) if request.trims else prompt
-                if len(shorter) == len(prompt):
-                    return ids
-                dropped += len(prompt) - len(shorter)
-                prompt = shorter
+            ids, left = self._fitting(prompt, request), prompt
+            if isinstance(ids, Refused) and request.trims:
+                ids, left = self._trimmed(prompt, request)
+            if isinstance(ids, Refused):
+                return ids
+            dropped += len(prompt) - len(left)
             accepted.append(ids)
         return Accepted(accepted, dropped)
+
+    def _trimmed(self, prompt: Prompt, request: GenerationRequest) -> tuple[list[int] | Refused, Prompt]:
+        """A conversation without as few of its oldest turns as have to go; the last one alone may not fit either."""
+        shorter = [prompt]
+        while len(following := without_oldest_turn(shorter[-1])) < len(shorter[-1]):
+            shorter.append(following)
+        # Each has fewer tokens than the one before: a few are tokenised, not all.
+        found: dict[int, list[int] | Refused] = {}
+
+        def fits(place: int) -> bool:
+            found[place] = self._fitting(shorter[place], request)
+            return not isinstance(found[place], Refused)
+
+        last = len(shorter) - 1
+        place = bisect_left(range(last), True, lo=min(1, last), key=fits)
+        if place not in found:
+            fits(place)
+        return found[place], shorter[place]
 
     def replies(
         self, request: GenerationRequest, prompts: Sequence[Sequence[int]], deliver: Callable[[Event], None]
@@ -96,18 +119,29 @@ class Prompts:
         text: str = self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
+    def read(self, prompt: Prompt, field: str) -> list[int] | Refused:
+        """A prompt's tokens, if the context holds them. What is far too long is not tokenised."""
+        return self._too_long(prompt, field) or self._checked(self.token_ids(prompt), None, field)
+
     def check(self, ids: Sequence[int], field: str) -> Refused | None:
         """Why tokens that a request names, or that its text has, cannot be read."""
         return self._refusal(ids, None, field)
 
     def _fitting(self, prompt: Prompt, request: GenerationRequest) -> list[int] | Refused:
-        """A prompt's tokens, if a reply fits behind them. What is far too long is not tokenised."""
-        field, size = field_of(prompt), _characters(prompt)
-        if size > MOST_CHARS_A_TOKEN * self.context_tokens:
-            what = f"{field} has {size} characters, far more than the context of {self.context_tokens} tokens holds"
-            return Refused(400, what, "context_length_exceeded", field)
-        ids = self.token_ids(prompt, request.tools)
-        return self._refusal(ids, request.sampling.max_tokens, field) or ids
+        """A prompt's tokens, if a reply fits behind them."""
+        field = field_of(prompt)
+        if refusal := self._too_long(prompt, field):
+            return refusal
+        return self._checked(self.token_ids(prompt, request.tools), request.sampling.max_tokens, field)
+
+    def _too_long(self, prompt: Prompt, field: str) -> Refused | None:
+        if (size := characters(prompt)) <= MOST_CHARS_A_TOKEN * self.context_tokens:
+            return None
+        what = f"{field} has {size} characters, far more than the context of {self.context_tokens} tokens holds"
+        return Refused(400, what, "context_length_exceeded", field)
+
+    def _checked(self, ids: list[int], wanted: int | None, field: str) -> list[int] | Refused:
+        return self._refusal(ids, wanted, field) or ids
 
     def _refusal(self, ids: Sequence[int], wanted: int | None, field: str) -> Refused | None:
         if not ids:
@@ -139,12 +173,6 @@ def without_oldest_turn(prompt: Prompt) -> Prompt:
     if len(asked) < 2:
         return prompt
     return (*prompt[: asked[0]], *prompt[asked[1] :])
-
-
-def _characters(prompt: Prompt) -> int:
-    if isinstance(prompt, str):
-        return len(prompt)
-    return sum(len(part["content"]) for part in prompt if isinstance(part, dict))
 
 
 def field_of(prompt: Prompt) -> str:

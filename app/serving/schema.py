@@ -32,6 +32,13 @@ Prompt = tuple[Message, ...] | tuple[int, ...] | str
 """A conversation whose next turn is wanted; or tokens, or text, to go on from as they are."""
 
 
+def characters(prompt: Prompt) -> int:
+    """Of its texts."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(part["content"]) for part in prompt if isinstance(part, dict))
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """Input handling to language model: go on from each of the prompts."""
@@ -56,10 +63,7 @@ class GenerationRequest:
     @property
     def characters(self) -> int:
         """Of all prompts' texts."""
-        texts = [prompt for prompt in self.prompts if isinstance(prompt, str)]
-        for prompt in self.prompts:
-            texts += [part["content"] for part in prompt if isinstance(part, dict)]
-        return sum(map(len, texts))
+        return sum(map(characters, self.prompts))
 
     @property
     def choices(self) -> int:
@@ -98,6 +102,8 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens that they are made of, if those are asked for."""
     choice: int = 0
+    tokens: int = 0
+    """That were written since the reply's last Delta."""
 
 
 @dataclass(frozen=True)
