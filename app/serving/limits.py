@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -34,7 +35,9 @@ BYTES_PER_TOKEN = 4
 MAX_CHOICES = 128
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 """The routes whose replies cost tokens."""
-READING = GENERATING | {"/v1/embeddings"}
+PROMPTS = {"/v1/completions": "prompt", "/v1/embeddings": "input"}
+"""The routes that take several, and the field with them."""
+READING = GENERATING | PROMPTS.keys()
 """The routes whose bodies cost tokens."""
 
 # Inside of a JSON string the quotes would have backslashes, so only keys are found, at whatever depth.
@@ -129,7 +132,7 @@ class Limiter:
             return None
         tokens = 0
         if limits.tokens_per_minute and path in READING:
-            tokens = estimated_tokens(await body.read(), self._config, path in GENERATING)
+            tokens = estimated_tokens(await body.read(), self._config, path)
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 answer = await self._ledger.reserve.remote(key.name, limits, tokens)
@@ -176,18 +179,35 @@ def spend(tokens: int) -> None:
         visit.spent_tokens = (visit.spent_tokens or 0) + tokens
 
 
-def estimated_tokens(body: bytes, config: ServingConfig, generates: bool) -> int:
-    """What a request may spend at most, from its bytes alone: those of its body, and the reply it asks for.
+def estimated_tokens(body: bytes, config: ServingConfig, path: str) -> int:
+    """What a request may spend at most, as far as its bytes tell: those of its body, and the replies it asks for.
 
-    No reply is longer than the context. Where keys are hidden in escapes it counts as one that long.
+    No reply is longer than the context. Where keys are hidden in escapes it counts as one that long. What was said
+    before in a conversation that is remembered is not known here; it is settled afterwards.
     """
-    prompt = math.ceil(len(body) / BYTES_PER_TOKEN)
-    if not generates:
+    prompts, numbers = _given(body, PROMPTS[path]) if path in PROMPTS else (1, 0)
+    prompt = max(numbers, math.ceil(len(body) / BYTES_PER_TOKEN))
+    if path not in GENERATING:
         return prompt
+    if path not in PROMPTS:
+        prompt += math.ceil(len(config.system_prompt) / BYTES_PER_TOKEN)
     asked = max(map(int, _MAX_TOKENS.findall(body)), default=config.default_max_tokens)
     reply = config.context_tokens if _HIDDEN.search(body) else min(asked, config.context_tokens)
     choices = max(map(int, _CHOICES.findall(body)), default=config.max_choices if _HIDDEN.search(body) else 1)
-    return prompt + min(max(choices, 1), MAX_CHOICES) * reply
+    return prompt + min(prompts, config.max_prompts) * min(max(choices, 1), MAX_CHOICES) * reply
+
+
+def _given(body: bytes, name: str) -> tuple[int, int]:
+    """How many prompts a body has, and how many tokens of them are given as numbers; what is wrong is refused later."""
+    try:
+        given = orjson.loads(body)[name]
+    except (ValueError, KeyError, TypeError):
+        return 1, 0
+    if not isinstance(given, list) or not given:
+        return 1, 0
+    if isinstance(given[0], str | list):
+        return len(given), sum(len(one) for one in given if isinstance(one, list))
+    return 1, len(given)
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from app.serving.limits import Limiter, RateLimits, Visit, duration, estimated_t
 from app.settings.serving import ServingConfig
 
 AT = datetime.datetime(2026, 11, 26, tzinfo=datetime.UTC)
-CHAT = "/v1/chat/completions"
+CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,40 @@ def test_times_are_written_as_openai_does(seconds: float, told: str) -> None:
 )  # fmt: skip
 def test_an_estimate_is_the_body_and_the_longest_reply_that_it_asks_for(fields: dict[str, Any], reply: int) -> None:
     for body in (json.dumps(fields), json.dumps(fields, indent=2), json.dumps(fields, separators=(",", ":"))):
-        tokens = estimated_tokens(body.encode(), ServingConfig(), True)
+        tokens = estimated_tokens(body.encode(), ServingConfig(), CHAT)
         assert tokens == -(-len(body) // 4) + reply
-        assert estimated_tokens(body.encode(), ServingConfig(), False) == -(-len(body) // 4)
+        assert estimated_tokens(body.encode(), ServingConfig(), EMBEDDINGS) == -(-len(body) // 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts", "numbers"),
+    [
+        ("hello", 1, 0), (["hello"] * 5, 5, 0), ([7] * 900, 1, 900), ([[7] * 100] * 64, 64, 6_400), ([], 1, 0),
+        (["hello"] * 1_000, 64, 0), ({"a": 1}, 1, 0), (None, 1, 0), ([None, 1], 1, 0),
+    ],
+)  # fmt: skip
+def test_each_prompt_of_a_completion_may_have_its_reply(prompt: Any, prompts: int, numbers: int) -> None:
+    body = json.dumps({"prompt": prompt, "input": prompt, "max_tokens": 40, "n": 2}, separators=(",", ":")).encode()
+    read = max(numbers, -(-len(body) // 4))
+    assert estimated_tokens(body, ServingConfig(), "/v1/completions") == read + prompts * 2 * 40
+    assert estimated_tokens(body, ServingConfig(), EMBEDDINGS) == read
+
+
+def test_the_system_text_counts() -> None:
+    config = ServingConfig(system_prompt="be kind " * 50)
+    assert estimated_tokens(b"{}", config, CHAT) == estimated_tokens(b"{}", ServingConfig(), CHAT) + 100
 
 
 def test_a_key_that_is_hidden_in_escapes_counts_as_the_longest_reply() -> None:
     for name in (r"max\u005ftokens", r"m\u0061x_tokens", r"max_toke\u006Es"):
-        assert estimated_tokens(f'{{"{name}":500}}'.encode(), ServingConfig(), True) >= 512
-    assert estimated_tokens(json.dumps({"x": "\x1f é 漢 \u2028"}).encode(), ServingConfig(), True) < 120
+        assert estimated_tokens(f'{{"{name}":500}}'.encode(), ServingConfig(), CHAT) >= 512
+    assert estimated_tokens(json.dumps({"x": "\x1f é 漢 \u2028"}).encode(), ServingConfig(), CHAT) < 120
 
 
 @given(st.binary(max_size=200))
 def test_an_estimate_of_anything_is_a_number(body: bytes) -> None:
-    assert 0 <= estimated_tokens(body, ServingConfig(), True) < 1_000_000
+    for path in limits.READING:
+        assert 0 <= estimated_tokens(body, ServingConfig(), path) < 1_000_000
 
 
 class Method:
