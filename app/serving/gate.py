@@ -83,7 +83,8 @@ class Gate:
         except Exception as error:
             # The message may quote the customer; the place where it happened does not.
             where = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("unexpected %s", type(error).__name__, extra={"fields": {"traceback": where}})
+            fields = {"request_id": _request_id(headers), "traceback": where}
+            logger.error("unexpected %s", type(error).__name__, extra={"fields": fields})
             if status:
                 raise
             await error_response(500, openai_format.UNEXPECTED, "server_error")(scope, receive, send_on)
@@ -100,9 +101,9 @@ class Gate:
     def _record(self, scope: Scope, headers: Headers, key: StoredKey | None, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._requests.inc(tags={"route": route, "status": str(status)})
-        given = headers.get("x-request-id", "")
         fields: dict[str, Any] = {
-            "request_id": given if _REQUEST_ID.fullmatch(given) else None,
+            "request_id": _request_id(headers),
+            "response_id": scope.get("state", {}).get("response_id"),
             "key": key and key.id,
             "route": route,
             "status": status,
@@ -114,6 +115,12 @@ class Gate:
 def error_response(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
     """An answer in OpenAI's error shape."""
     return JSONResponse(openai_format.error(status, message, code, param), status, _STATUS_HEADERS.get(status))
+
+
+def _request_id(headers: Headers) -> str | None:
+    """As it may stand in the log."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
 
 
 def _path(scope: Scope) -> str:

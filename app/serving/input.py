@@ -11,6 +11,7 @@ the question, and response management settles and logs it; only then does the cl
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from collections.abc import Mapping
 from importlib import resources
@@ -57,7 +58,9 @@ from app.traffic import new_response_id, now
 
 CALL_TIMEOUT_S = 60.0
 """How long a client waits for another deployment, say while a killed replica is replaced, before it reads 503."""
-READY_TIMEOUT_S = 3.0
+READY_TIMEOUT_S, READY_KEPT_S = 3.0, 0.25
+"""How long /ready waits for a model, and for how long all who ask are told the same: it wants no key, and each look
+takes a place in the models' queues."""
 MAX_HANDOVERS = 100
 """Told at once."""
 MODELS_POLL_S = 0.2
@@ -94,6 +97,8 @@ class InputHandling:
         self._functions = Functions(functions, config.functions.deadline_s)
         self._answering = Answering(response, self._functions, config.fallback_after_s)
         self._guard = Guard(config)
+        self._looking: asyncio.Task[tuple[dict[str, Any], ...] | None] | None = None
+        self._look_again_s = 0.0
         page = resources.files("app.serving") / "page"
         self._page = {path: (page / name).read_bytes() for path, (name, _) in PAGE.items()}
 
@@ -160,20 +165,27 @@ class InputHandling:
 
     async def ready(self) -> Response:
         """200 once a replica of every variant says that its model is loaded, 503 before."""
+        if self._looking is None or (self._looking.done() and time.monotonic() > self._look_again_s):
+            # An empty context: Serve cancels the calls that a cancelled request made, which it knows by the context.
+            self._looking = asyncio.get_running_loop().create_task(self._look(), context=contextvars.Context())
+        if (found := await asyncio.shield(self._looking)) is None:
+            return error_response(503, "a language model is still loading", "not_ready")
+        versions, slots = found
+        return JSONResponse({"status": "ready", "variants": versions, "slots_in_use": slots})
+
+    async def _look(self) -> tuple[dict[str, Any], ...] | None:
+        """Version by variant, and slots in use by model; none while one of them is not there."""
         # One that may scale to zero would be woken by the question.
         models = [variant for variant in self._config.variants if variant.adapter_of is None]
         kept = [model for model in models if self._config.size(model).least > 0]
         try:
             ready = await asyncio.gather(*map(self._readiness, kept))
         except (TimeoutError, RayError, RayServeException):
-            return error_response(503, "a language model is still loading", "not_ready")
-        return JSONResponse(
-            {
-                "status": "ready",
-                "variants": {name: version for versions, _ in ready for name, version in versions.items()},
-                "slots_in_use": {next(iter(versions)): slots for versions, slots in ready},
-            }
-        )
+            return None
+        finally:
+            self._look_again_s = time.monotonic() + READY_KEPT_S
+        variants = {name: version for versions, _ in ready for name, version in versions.items()}
+        return variants, {next(iter(versions)): slots for versions, slots in ready}
 
     async def _readiness(self, variant: VariantConfig) -> tuple[dict[str, str], int]:
         """What a model writes for, itself first, as `Readiness.versions`; and its slots in use.
@@ -232,7 +244,7 @@ class InputHandling:
             said = await self._response.conversation.remote(owner, chat.conversation_id)
         _raise_refused(said)
         new = tuple(message.model_dump(exclude_none=True) for message in chat.messages)
-        return Turn(owner, chat.conversation_id, len(said), new), said
+        return Turn(owner, chat.conversation_id, said.turns, new), said.messages
 
     async def _answer(
         self,
@@ -251,6 +263,7 @@ class InputHandling:
         variant = self._models.resolve(asked.model, user_hash or who)
         insight = self._functions.ask(asked.question, variant.name) if is_chat and self._guard.needs_intent else None
         intent = (await insight).intent if insight else None
+        request.state.response_id = response_id
         answer = Answer(
             response_id=response_id,
             received_at=received_at,

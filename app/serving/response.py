@@ -11,7 +11,7 @@ from typing import Any
 from app import traffic
 from app.errors import ResponseNotFound, StorageError
 from app.privacy import Detector, Mask
-from app.serving.conversations import Conversations, WentOn
+from app.serving.conversations import Conversations, Remembered, WentOn
 from app.serving.handovers import Handovers, NotWaiting
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Refused
 from app.settings.serving import HandoverConfig, ServingConfig
@@ -47,10 +47,10 @@ class ResponseManagement:
         self._config = self._start.with_live(live)
         self._detector = Detector.of(self._config.privacy.detector)
 
-    async def conversation(self, owner: str, conversation_id: str) -> list[dict[str, Any]] | Refused:
-        """What has been said in a conversation so far, in OpenAI's form."""
+    async def conversation(self, owner: str, conversation_id: str) -> Remembered | Refused:
+        """What has been said in a conversation so far."""
         try:
-            return await asyncio.to_thread(self._conversations.messages, owner, conversation_id)
+            return await asyncio.to_thread(self._conversations.remembered, owner, conversation_id)
         except StorageError as error:
             logger.error("conversations cannot be read: %s", error)
             return Refused(503, "the service cannot remember conversations at the moment", "log_unavailable")
@@ -77,16 +77,20 @@ class ResponseManagement:
         if self._config.privacy.mask_log:
             exchange = masked(exchange, self._detector)
         turn = draft.turn if draft.status == "ok" and draft.rule is None and _is_whole(draft.message) else None
-        nobody: AbstractContextManager[list[dict[str, Any]]] = nullcontext([])
-        with self._conversations.going_on(turn) if turn else nobody as said:
-            self._log.append(exchange)
-            if conclusion.handover and draft.status == "ok":
-                self._queue.add(exchange.response_id, _for_a_person(exchange))
-            if turn:
-                reply = draft.message
-                if not reply.get("tool_calls"):
-                    reply = {**reply, "content": reply["content"] + conclusion.added}
-                self._conversations.add(turn, said, reply)
+        nobody: AbstractContextManager[Remembered | None] = nullcontext()
+        try:
+            with self._conversations.going_on(turn) if turn else nobody as said:
+                self._log.append(exchange)
+                if conclusion.handover and draft.status == "ok":
+                    self._queue.add(exchange.response_id, _for_a_person(exchange))
+                if turn and said:
+                    reply = draft.message
+                    if not reply.get("tool_calls"):
+                        reply = {**reply, "content": reply["content"] + conclusion.added}
+                    self._conversations.add(turn, said, reply)
+        except WentOn:  # who read it as a stream has read it
+            self._log.append(replace(exchange, status="error"))
+            raise
 
     async def waiting(self, limit: int) -> list[dict[str, Any]] | Refused:
         """Answers that wait for a person, oldest first."""
@@ -117,7 +121,10 @@ class ResponseManagement:
             comment = request.comment
             if comment and self._config.privacy.mask_log:
                 comment = Mask(self._detector, [comment]).text(comment)
-            feedback = Feedback(request.response_id, traffic.now(), request.rating, request.intent, comment)
+            intent = request.intent
+            if intent and self._config.privacy.mask_log:
+                intent = Mask(self._detector, [intent]).text(intent)
+            feedback = Feedback(request.response_id, traffic.now(), request.rating, intent, comment)
             await asyncio.to_thread(self._log.append, feedback)
         except StorageError as error:
             return _unlogged(error)
@@ -169,7 +176,7 @@ def masked(exchange: Exchange, detector: Detector) -> Exchange:
         ],
         reply=mask.text(exchange.reply),
         other_replies=[mask.text(reply) for reply in exchange.other_replies],
-        metadata={name: mask.text(value) for name, value in exchange.metadata.items()},
+        metadata={mask.text(name): mask.text(value) for name, value in exchange.metadata.items()},
     )
 
 

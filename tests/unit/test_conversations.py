@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import StorageError
-from app.serving.conversations import MAX_BYTES, MAX_MESSAGES, Conversations, Turn, WentOn
+from app.serving.conversations import MAX_BYTES, MAX_MESSAGES, Conversations, Remembered, Turn, WentOn
 from app.serving.handovers import Handovers, NotWaiting
 from app.storage import Storage
 from app.traffic import new_response_id
@@ -23,13 +23,13 @@ def said(conversations: Conversations, turn: Turn) -> None:
 
 def test_a_conversation_is_what_was_said_in_it_and_belongs_to_its_owner(store: str) -> None:
     conversations = Conversations(Storage(store), 60)
-    assert conversations.messages("shop", "c1") == []
+    assert conversations.remembered("shop", "c1") == Remembered([], 0)
     said(conversations, Turn("shop", "c1", 0, (HELLO,)))
-    said(conversations, Turn("shop", "c1", 2, (HELLO, HELLO)))
-    assert Conversations(Storage(store), 60).messages("shop", "c1") == [HELLO, HI, HELLO, HELLO, HI]
-    assert conversations.messages("other", "c1") == []
-    assert conversations.messages("shop", "c2") == []
-    assert conversations.messages("sho", "p c1") == []
+    said(conversations, Turn("shop", "c1", 1, (HELLO, HELLO)))
+    assert Conversations(Storage(store), 60).remembered("shop", "c1").messages == [HELLO, HI, HELLO, HELLO, HI]
+    assert conversations.remembered("other", "c1").messages == []
+    assert conversations.remembered("shop", "c2").messages == []
+    assert conversations.remembered("sho", "p c1").messages == []
 
 
 def test_of_two_that_go_on_at_once_one_is_told_so_in_other_replicas_too(store: str) -> None:
@@ -37,12 +37,12 @@ def test_of_two_that_go_on_at_once_one_is_told_so_in_other_replicas_too(store: s
     said(conversations, Turn("shop", "c1", 0, (HELLO,)))
     with pytest.raises(WentOn):
         said(conversations, Turn("shop", "c1", 0, (HELLO,)))
-    assert len(conversations.messages("shop", "c1")) == 2
+    assert len(conversations.remembered("shop", "c1").messages) == 2
     outcomes: list[bool] = []
 
     def go_on() -> None:
         try:
-            said(Conversations(Storage(store), 60), Turn("shop", "c1", 2, (HELLO,)))
+            said(Conversations(Storage(store), 60), Turn("shop", "c1", 1, (HELLO,)))
             outcomes.append(True)
         except WentOn:
             outcomes.append(False)
@@ -60,14 +60,15 @@ def test_of_a_long_conversation_the_system_text_and_the_last_whole_turns_are_kep
     system = {"role": "system", "content": "Be kind."}
     said(conversations, Turn("shop", "c1", 0, (system, HELLO)))
     for place in range(80):
-        begun = len(conversations.messages("shop", "c1"))
-        said(conversations, Turn("shop", "c1", begun, ({"role": "user", "content": str(place)},)))
-    kept = conversations.messages("shop", "c1")
+        said(conversations, Turn("shop", "c1", place + 1, ({"role": "user", "content": str(place)},)))
+    kept = conversations.remembered("shop", "c1").messages
     assert len(kept) <= MAX_MESSAGES
+    with pytest.raises(WentOn):  # though there are no more messages than before
+        said(conversations, Turn("shop", "c1", 80, (HELLO,)))
     assert (kept[0], kept[1]["role"], kept[-2]["content"]) == (system, "user", "79")
     large = {"role": "user", "content": "x" * MAX_BYTES}
-    said(conversations, Turn("shop", "c1", len(kept), (large,)))
-    assert conversations.messages("shop", "c1") == [system, large, HI]
+    said(conversations, Turn("shop", "c1", 81, (large,)))
+    assert conversations.remembered("shop", "c1").messages == [system, large, HI]
 
 
 def test_old_conversations_are_forgotten(store: str) -> None:
@@ -75,10 +76,10 @@ def test_old_conversations_are_forgotten(store: str) -> None:
     said(conversations, Turn("shop", "c1", 0, (HELLO,)))
     assert conversations.forget_old() == 0
     time.sleep(0.3)
-    assert conversations.messages("shop", "c1") == []
+    assert conversations.remembered("shop", "c1") == Remembered([], 0)
     said(conversations, Turn("shop", "c2", 0, (HELLO,)))
     assert conversations.forget_old() == 1
-    assert conversations.messages("shop", "c2") == [HELLO, HI]
+    assert conversations.remembered("shop", "c2").messages == [HELLO, HI]
 
 
 def test_a_damaged_conversation_is_said_so(store: str) -> None:
@@ -87,7 +88,7 @@ def test_a_damaged_conversation_is_said_so(store: str) -> None:
     (file,) = Path(Storage(store).path("serving", "conversations")).glob("*.json")
     file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(StorageError, match="damaged"):
-        conversations.messages("shop", "c1")
+        conversations.remembered("shop", "c1")
 
 
 def test_the_queue_is_in_the_order_of_the_questions_and_one_taker_gets_an_answer(store: str) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from app.serving.conversations import Turn
 from app.serving.response import ResponseManagement, concluded
 from app.serving.schema import Conclusion, Draft, FeedbackRequest, Insight, Intent, Refused
 from app.settings.serving import HandoverConfig, ServingConfig
 from app.storage import Storage
-from app.traffic import new_response_id, new_writer
+from app.traffic import Feedback, new_response_id, new_writer, read_exchanges
 
 SETTINGS = HandoverConfig(
     intents=("human_handover",),
@@ -22,6 +23,7 @@ DRAFT = Draft(
     insight=Insight(Intent("refund_request", 0.9)), status="ok", finish_reason="stop", prompt_tokens=1,
     completion_tokens=1, confidence=0.9, time_to_first_token_s=0.1, end_to_end_s=0.2, stream=False, user_hash=None,
 )  # fmt: skip
+GIVEN = replace(DRAFT, received_at="2026-11-26T12:00:00+00:00")
 TOLD = "\n\nA colleague comes."
 
 
@@ -66,3 +68,37 @@ def test_an_id_that_was_never_given_is_not_found_and_a_log_that_cannot_be_read_i
     refused = asyncio.run(management.feedback(FeedbackRequest(asked, 1, None, None)))
     assert isinstance(refused, Refused)
     assert (refused.status, refused.code) == (503, "log_unavailable")
+
+
+def test_who_was_overtaken_in_a_conversation_is_logged_and_can_be_judged(store: str) -> None:
+    management = ResponseManagement(ServingConfig(storage_uri=store))
+    turn = Turn("web", "c1", 0, ({"role": "user", "content": "hello"},))
+    first, second = new_response_id(), new_response_id()
+    message = {"role": "assistant", "content": "Sure."}
+
+    async def both() -> list[Conclusion | Refused]:
+        return [
+            await management.conclude(replace(GIVEN, response_id=each, turn=turn, message=message))
+            for each in (first, second)
+        ]
+
+    concluded_, refused = asyncio.run(both())
+    assert isinstance(concluded_, Conclusion)
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code) == (409, "conversation_went_on")
+    logged = {exchange.response_id: exchange.status for exchange in read_exchanges(Storage(store))}
+    assert logged == {first: "ok", second: "error"}
+    assert isinstance(asyncio.run(management.feedback(FeedbackRequest(second, -1, None, None))), Feedback)
+
+
+def test_no_field_that_a_client_writes_is_logged_with_personal_data(store: str) -> None:
+    management = ResponseManagement(ServingConfig(storage_uri=store))
+    asked, mail = new_response_id(), "jane.doe@example.com"
+    messages = ({"role": "user", "content": f"i am {mail}"},)
+    draft = replace(GIVEN, response_id=asked, messages=messages, reply=f"Hello {mail}", metadata={mail: f"of {mail}"})
+    assert isinstance(asyncio.run(management.conclude(draft)), Conclusion)
+    judged = FeedbackRequest(asked, 1, f"{mail} wants a refund", f"call {mail}")
+    assert isinstance(asyncio.run(management.feedback(judged)), Feedback)
+    written = b"".join(file.read_bytes() for file in Path(Storage(store).path("traffic")).rglob("*.jsonl"))
+    assert written.count(b"response_id") == 2
+    assert mail.encode() not in written
