@@ -15,8 +15,8 @@ class GrammarFailed(Exception):
     """A grammar that replies cannot be held to."""
 
 
-MAX_SCHEMA_BYTES = 16_384
-"""A schema of that size may take half a second to be read."""
+MAX_SCHEMA_BYTES, MAX_SCHEMAS_BYTES = 16_384, 65_536
+"""Of one, and of all that a request has: one of the largest may take half a second to be read."""
 ANY_OBJECT = {"type": "object"}
 
 
@@ -53,6 +53,9 @@ def grammar(schema: Mapping[str, Any] | None, choice: ToolChoice) -> str:
     """
     if schema is not None:
         _check_schema(schema, "response_format.json_schema.schema")
+    if (size := sum(len(json.dumps(function.schema)) for function in choice.functions)) > MAX_SCHEMAS_BYTES:
+        what = f"the schemas of tools have {size} bytes: together they may have {MAX_SCHEMAS_BYTES}"
+        raise RequestError(400, what, "invalid_json_schema", "tools")
     for function in choice.functions:
         _check_schema(function.schema, function.param)
     if choice.kind == "none":

@@ -88,10 +88,9 @@ def _check_fields(message: bodies.Message, at: str) -> None:
 
 def _call_text(call: bodies.ToolCall, at: str) -> str:
     try:
-        arguments = json.loads(call.function.arguments)
+        return tools.call_text(call.function.name, json.loads(call.function.arguments))
     except (ValueError, RecursionError):
         raise _wrong(f"{at}.function.arguments", "is not valid JSON") from None
-    return tools.call_text(call.function.name, arguments)
 
 
 def _wrong(param: str, what: str) -> RequestError:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from typing import Any
 
@@ -264,3 +265,24 @@ def test_arguments_of_a_function_are_an_object() -> None:
     assert '"type": "object"' in chat(tools=[{"type": "function", "function": function}]).sampling.grammar
     function["parameters"] = {"type": "string"}
     assert refused(tools=[{"type": "function", "function": function}]).param == "tools[0].function.parameters"
+
+
+@pytest.mark.parametrize("depth", [200, *range(900, 1_000, 3), 5_000])
+def test_arguments_of_any_depth_are_taken_or_refused(depth: int) -> None:
+    nested = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": nested}}
+    messages = [
+        HELLO,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "x", "tool_call_id": "c"},
+    ]
+    with contextlib.suppress(RequestError):  # nothing else
+        chat(messages=messages)
+
+
+def test_all_schemas_of_a_request_together_have_a_limit() -> None:
+    schema = {"type": "object", "properties": {f"field_{number}": {"type": "string"} for number in range(400)}}
+    tools = [{"type": "function", "function": {"name": f"f{number}", "parameters": schema}} for number in range(6)]
+    assert refused(tools=tools, tool_choice="required").param == "tools"
+    assert "together they may have 65536" in str(refused(tools=tools))
+    assert chat(tools=tools[:1]).tools
