@@ -26,18 +26,22 @@ class Writing:
         """As the model wrote it."""
         self.choice = openai_format.Choice()
         self.finished: Finished | None = None
+        self.tokens = 0
+        """That were written so far."""
         self._calls = CallReader() if request.tools else None
         self._is_named = request.tool_choice == "named"
 
     def take(self, delta: Delta) -> list[Piece]:
         """Note what the language model wrote; returns what the client may read now."""
         self.reply += delta.text
+        self.tokens += delta.tokens
         self.choice.logprobs += delta.logprobs
         return self._noted(self._calls.push(delta.text) if self._calls else [delta.text] if delta.text else [])
 
     def finish(self, finished: Finished) -> list[Piece]:
         """Note its end; returns what was held back."""
         self.finished = finished
+        self.tokens = finished.completion_tokens
         is_whole = bool(self.choice.calls) and self._calls is not None and not self._calls.is_open
         called = is_whole and finished.finish_reason == "stop" and not self._is_named
         self.choice.finish_reason = "tool_calls" if called else finished.finish_reason
@@ -71,8 +75,6 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     first_token_s: float | None = None
-    deltas: int = 0
-    """Parts of replies that came so far, about as many as tokens."""
     settled: bool = False
     """Whether it has been handed to response management."""
     known: Insight = field(default_factory=Insight)
@@ -134,8 +136,8 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """Of the replies that are complete."""
-        return sum(reply.finished.completion_tokens for reply in self.replies if reply.finished)
+        """That were written so far."""
+        return sum(reply.tokens for reply in self.replies)
 
     def take(self, event: Event) -> list[Piece]:
         """Note what the language model sent; returns what the client may read now."""
@@ -146,7 +148,6 @@ class Answer:
         elif isinstance(event, Delta):
             if self.first_token_s is None:
                 self.first_token_s = time.monotonic() - self.begun_s
-            self.deltas += 1
             return self.replies[event.choice].take(event)
         elif isinstance(event, Finished):
             if not self.request.stream or self.first_token_s is None:

@@ -126,16 +126,18 @@ class Answering:
         source: Any = language_model.options(stream=True, session_id=answer.session).generate.remote(
             answer.request.generation(answer.scope, answer.variant.adapter)
         )
+        has_begun = False
         try:
             async for event in source:
                 self.heard_s[answer.variant.deployment] = time.monotonic()
                 if isinstance(event, Refused):
-                    answer.settled = not answer.is_trial  # never begun, so nothing to record
+                    answer.settled = not (answer.is_trial or has_begun)  # else there is nothing to record
                     raise RequestError(event.status, event.what, event.code, event.param)
                 if isinstance(event, Started) and answer.is_outdated(event):
                     source.cancel()
                     answer.settled = True
                     raise version_gone(answer.request.model)
+                has_begun = True
                 yield event
             if not answer.is_finished:
                 raise RequestError(503, "the language model stopped in mid-reply; try again", "service_unavailable")
@@ -202,7 +204,7 @@ class Answering:
         if not answer.settled and not answer.is_trial:
             answer.settled = True
             if status == "error" or answer.request.stream:  # else nobody knows how much was written
-                limits.spend(0 if status == "error" else answer.prompt_tokens + answer.deltas)
+                limits.spend(0 if status == "error" else answer.prompt_tokens + answer.completion_tokens)
             self._in_background(self._settle(answer, status))
 
     async def _settle(self, answer: Answer, status: Literal["ok", "cancelled", "error"]) -> Conclusion | Refused:

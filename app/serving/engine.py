@@ -135,17 +135,20 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
-    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
-        """Of each prompt, the mean of its tokens' last hidden states, of length 1; computed between two passes."""
-        vectors = []
-        for ids in prompts:
-            done: Future[list[float]] = Future()
-            with self._wake:
-                if self.failure or self._stopping:
-                    raise EngineFull
-                self._tasks.append((partial(self._embedded, ids, adapter), done))
-                self._wake.notify()
-            vectors.append(done.result())
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[Future[list[float]]]:
+        """Of each prompt, the mean of its tokens' last hidden states, of length 1; each computed between two passes.
+
+        Raises:
+            EngineFull: The engine has ended.
+        """
+        vectors: list[Future[list[float]]] = [Future() for _ in prompts]
+        with self._wake:
+            if self.failure or self._stopping:
+                raise EngineFull
+            self._tasks += [
+                (partial(self._embedded, ids, adapter), done) for ids, done in zip(prompts, vectors, strict=True)
+            ]
+            self._wake.notify()
         return vectors
 
     def _embedded(self, ids: Sequence[int], adapter: str) -> list[float]:
@@ -160,17 +163,22 @@ class Engine:
 
     def _do_task(self) -> None:
         """One of them: replies do not wait for all."""
-        if self._tasks:
+        while self._tasks:
             task, done = self._tasks.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue  # nobody waits for it any more
             try:
                 done.set_result(task())
             except Exception as error:
                 done.set_exception(error)
+            return
 
     def _drop_tasks(self) -> None:
         with self._wake:
             while self._tasks:
-                self._tasks.popleft()[1].set_exception(EngineFull())
+                done = self._tasks.popleft()[1]
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(EngineFull())
 
     def stop(self) -> None:
         """End the thread after the pass it is in."""
@@ -287,12 +295,12 @@ class Engine:
 
     def _add(self, reply: Reply, draw: Draw, token: int, probability: float, logits_V: torch.Tensor) -> bool:
         """Whether the reply is complete, or cannot go on."""
+        if math.isnan(probability) and not (draw.grammar and draw.grammar.failure):
+            reply.fail(Refused(500, str(_no_numbers()), "server_error"))
+            return True
         draw.add(token)
         if draw.grammar and (failure := draw.grammar.failure):
             reply.fail(Refused(400, f"the reply could not be held to its format: {failure}", "invalid_json_schema"))
-            return True
-        if math.isnan(probability):
-            reply.fail(Refused(500, str(_no_numbers()), "server_error"))
             return True
         noted = self._texts.likely(logits_V, token, reply.sampling.top_logprobs or 0) if reply.tells_logprobs else None
         return reply.add(token, probability, token in self._ends, noted)

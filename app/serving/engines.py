@@ -7,6 +7,7 @@ Torch and transformers are imported where an engine is made, so that whoever onl
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ class Engine(Protocol):
     def cancel(self, replies: Sequence["Reply"]) -> None:
         """Free what they hold; nothing more is delivered to them."""
 
-    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
-        """Of each prompt, the mean of its tokens' last hidden states, of length 1.
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[Future[list[float]]]:
+        """Of each prompt, the mean of its tokens' last hidden states, of length 1, when there is time for it.
 
         Raises:
+            EngineFull: The engine has ended.
             Unsupported: Not with this engine.
         """
 

@@ -58,7 +58,7 @@ class Grammars:
                 ) from error
         matcher = LLMatcher(self._tokens, lark, log_level=0)
         if matcher.is_error():
-            raise GrammarFailed(matcher.get_error())
+            raise GrammarFailed(_said(matcher))
         return matcher
 
 
@@ -71,7 +71,7 @@ class Grammar:
     @property
     def failure(self) -> str:
         """Why llguidance can say no more, such as a limit of its own that was reached; empty while it can."""
-        return self._matcher.get_error() if self._matcher.is_error() else ""
+        return _said(self._matcher) if self._matcher.is_error() else ""
 
     def allowed(self) -> torch.Tensor:
         """(V,), true for each token that may come next, at least one; for all of them after a failure."""
@@ -85,3 +85,8 @@ class Grammar:
     def add(self, token: int) -> None:
         """The reply goes on with a token that is allowed, or ends."""
         self._matcher.consume_token(token)
+
+
+def _said(matcher: LLMatcher) -> str:
+    """What llguidance says, without its state and the whole grammar, which it puts below that."""
+    return (matcher.get_error().strip().splitlines() or ["it does not say why"])[0][:300]

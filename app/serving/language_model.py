@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from app.serving.schema import (
     Refused,
     Started,
     Tokens,
+    characters,
 )
 from app.settings.serving import ServingConfig, VariantConfig
 from app.storage import local_folder
@@ -132,30 +133,40 @@ class LanguageModel:
         variant = self._variants.get(adapter)
         if variant is None:
             return _absent(adapter)
-        prompts = [self._prompts.token_ids(one) for one in inputs]
-        for prompt in prompts:
-            if refusal := self._prompts.check(prompt, "input"):
-                return refusal
+        is_long = sum(map(characters, inputs)) > THREAD_CHARS
+        read = await asyncio.to_thread(self._read, inputs) if is_long else self._read(inputs)
+        if isinstance(read, Refused):
+            return read
         try:
-            vectors = await asyncio.to_thread(self._engine.embed, prompts, adapter)
+            vectors = await asyncio.gather(*map(asyncio.wrap_future, self._engine.embed(read, adapter)))
         except EngineFull:
             return Refused(503, "the language model is being restarted; try again shortly", "service_unavailable")
         except Unsupported as error:
             return Refused(400, str(error), "unsupported")
         except ModelError as error:
             return Refused(500, str(error), "server_error")
-        prompt_tokens = sum(len(prompt) for prompt in prompts)
+        prompt_tokens = sum(map(len, read))
         return Embedded(tuple(tuple(vector) for vector in vectors), prompt_tokens, variant)
+
+    def _read(self, inputs: Sequence[Prompt]) -> list[list[int]] | Refused:
+        prompts = []
+        for one in inputs:
+            if isinstance(ids := self._prompts.read(one, "input"), Refused):
+                return ids
+            prompts.append(ids)
+        return prompts
 
     async def tokenize(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens | Refused:
         """A text's or conversation's tokens."""
         try:
-            ids = await asyncio.to_thread(self._prompts.token_ids, prompt, tools)
+            return await asyncio.to_thread(self._tokens, prompt, tools)
         except ModelError as error:
             return Refused(400, str(error), "invalid_value", "messages")
-        return Tokens(
-            tuple(ids), tuple(self._prompts.text([token], special=True) for token in ids), self._config.context_tokens
-        )
+
+    def _tokens(self, prompt: Prompt, tools: tuple[str, ...]) -> Tokens:
+        ids = self._prompts.token_ids(prompt, tools)
+        texts = (self._prompts.text([token], special=True) for token in ids)
+        return Tokens(tuple(ids), tuple(texts), self._config.context_tokens)
 
     async def detokenize(self, tokens: tuple[int, ...]) -> str | Refused:
         """Tokens as text, special ones spelled out."""
@@ -310,4 +321,5 @@ async def _merged(
 
 def _joined(deltas: list[Delta]) -> Delta:
     text = "".join(delta.text for delta in deltas)
-    return Delta(text, tuple(logprob for delta in deltas for logprob in delta.logprobs), deltas[0].choice)
+    logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
+    return Delta(text, logprobs, deltas[0].choice, sum(delta.tokens for delta in deltas))

@@ -54,6 +54,7 @@ class Reply:
     _text_bytes: int = 0
     """Of all tokens so far."""
     _delivered_bytes: int = 0
+    _delivered_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._text = ReplyText(self.decode, self.sampling.stop)
@@ -119,4 +120,5 @@ class Reply:
             told = [begin < cut or (begin == cut and not logprob.text) for begin, logprob in self._logprobs]
             now = tuple(logprob for (_, logprob), is_told in zip(self._logprobs, told, strict=True) if is_told)
             self._logprobs = [entry for entry, is_told in zip(self._logprobs, told, strict=True) if not is_told]
-            self.deliver(Delta(text, now, self.choice))
+            self.deliver(Delta(text, now, self.choice, len(self.tokens) - self._delivered_tokens))
+            self._delivered_tokens = len(self.tokens)

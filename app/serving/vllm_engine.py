@@ -18,6 +18,7 @@ import os
 import random
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,7 @@ class VllmEngine:
             reply.cancelled = True
         self._loop.call_soon_threadsafe(self._abort, replies)
 
-    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[list[float]]:
+    def embed(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> list[Future[list[float]]]:
         """Not with this engine: vLLM loads a model either to write or to make vectors.
 
         Raises:

@@ -4,14 +4,17 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from app.serving import limits
 from app.serving.answer import Answer
 from app.serving.answering import Answering
 from app.serving.functions import Functions
-from app.serving.schema import AnswerRequest, Conclusion, Insight, Sampling
+from app.serving.ledger import Granted, Reservation
+from app.serving.schema import AnswerRequest, Conclusion, Delta, Insight, Refused, Sampling, Started
 from app.settings.serving import RuleConfig, VariantConfig
 
 VARIANT = VariantConfig(name="champion", version="1", uri="u")
@@ -83,3 +86,79 @@ def test_a_function_that_fails_is_known_nothing_of_and_the_answer_is_given(caplo
     assert known == Insight(None, 0.5)
     assert "function intent failed: ZeroDivisionError" in caplog.text
     assert "4512" not in caplog.text
+
+
+class Writes(Calls):
+    """A language model that sends these events."""
+
+    def options(self, **_: Any) -> "Writes":
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        async def events() -> Any:
+            for event in self._outcome:
+                if event is None:
+                    await asyncio.Event().wait()
+                yield event
+
+        return Source(events())
+
+
+class Source:
+    """A streamed call."""
+
+    def __init__(self, events: Any) -> None:
+        self.events = events
+
+    def __aiter__(self) -> Any:
+        return self.events
+
+    def cancel(self) -> None:
+        """Nothing."""
+
+
+class Log(Calls):
+    """Response management that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(Conclusion("", None))
+        self.drafts: list[Any] = []
+
+    def remote(self, draft: Any) -> "asyncio.Task[Any]":
+        self.drafts.append(draft)
+        return super().remote()
+
+
+def spent(events: Sequence[Any], read: int | None = None) -> tuple[list[Any], int | None]:
+    """Drafts that were logged, and tokens that were spent, of a stream whose client leaves after so many lines."""
+    log = Log()
+
+    async def answer() -> int | None:
+        visit = limits.Visit(Granted(None, None, Reservation("a", 0, 0, "l")), 100)  # type: ignore[arg-type]
+        limits.visiting(visit)
+        asked = refused(stream=True)
+        asked.rule = None
+        answering = Answering(log, functions(), 1.0)  # type: ignore[arg-type]
+        response: Any = await answering.answer(asked, [(VARIANT, Writes(events))])  # type: ignore[list-item]
+        lines = 0
+        async for _ in response.body_iterator:
+            lines += 1
+            if lines == read:
+                break
+        await response.body_iterator.aclose()
+        await asyncio.sleep(0.05)
+        return visit.spent_tokens
+
+    return log.drafts, asyncio.run(answer())
+
+
+def test_a_reply_that_is_refused_after_it_has_begun_is_logged_and_costs_nothing() -> None:
+    drafts, tokens = spent([Started(5), Delta("Hel", tokens=2), Refused(500, "no", "server_error")])
+    assert [(draft.status, draft.reply, draft.completion_tokens) for draft in drafts] == [("error", "Hel", 2)]
+    assert tokens == 0
+
+
+def test_a_client_that_leaves_has_spent_the_tokens_that_were_written_for_it() -> None:
+    drafts, tokens = spent([Started(5), Delta("Hello " * 40, tokens=40), Delta("you", tokens=3), None], read=3)
+    assert [(draft.status, draft.completion_tokens) for draft in drafts] == [("cancelled", 43)]
+    assert tokens == 48

@@ -226,8 +226,15 @@ def test_a_token_whose_weights_are_no_numbers_costs_nobody_else_a_reply(float_fo
         more, others = written([*harmless, *harmless])
         assert all(client.done.wait(30) for client in [*clients, *more])
         assert [request.tokens for request in [*requests, *others]] == expected * 3
+    for temperature in (0.0, 1.0):  # what is drawn may be what the grammar forbids
+        client = Client()
+        sampling = Sampling(None, temperature, 1.0, 0, (), grammar="%llguidance {}\nstart: %json {}\n")
+        submit(engine, tokenizer, [5, 50], sampling, 20, client)
+        assert client.done.wait(30)
+        assert isinstance(client.events[-1], Refused)
+        assert client.events[-1].status == 500
     with pytest.raises(ModelError, match="no number for this text"):
-        engine.embed([[5, 50]])
+        engine.embed([[5, 50]])[0].result(60)
     engine.stop()
     assert engine.failure is None
 
