@@ -140,7 +140,8 @@ def test_readers_that_are_slow_and_then_leave_hold_nobody_up(shop: Shop, fault: 
     proxy = front_door(shop)
     assert proxy
     watched = pids("InputHandling") | {proxy}
-    open_files, freed_s = [], []
+    assert shop.ask("thank you").is_answered
+    before, open_files, freed_s = descriptors(watched), [], []
     for _ in range(3):
         with shop.users(4, fault.random) as users:
             users.answers_after(4)
@@ -162,12 +163,12 @@ def test_readers_that_are_slow_and_then_leave_hold_nobody_up(shop: Shop, fault: 
         assert users.wrong(ANSWERS) == []
         assert users.failed == [], told(users.failed)
         eventually(lambda: shop.ask("thank you").text == ANSWERS["thank you"])
-        time.sleep(1)
         open_files.append(descriptors(watched))
     fault.recovered()
-    print("slots were free after", freed_s, "open files", open_files)
+    print("slots were free after", freed_s, "open files", before, open_files)
     assert max(freed_s) < 1
-    assert open_files[-1] <= open_files[0] + 5, open_files
+    # HAProxy keeps connections to a replica for who may come next, for some seconds: of 700 readers none is left.
+    eventually(lambda: descriptors(watched) <= before + 20)
 
 
 # What one user writes is nobody else's, and text
