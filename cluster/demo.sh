@@ -31,7 +31,7 @@ The chatbot answers, $((SECONDS - started)) s after the start.
   API            $api/v1, key in .rayloop/api_key
                  curl $api/v1/chat/completions -H "Authorization: Bearer \$(cat .rayloop/api_key)" \\
                    -H 'Content-Type: application/json' \\
-                   -d '{"model": "champion", "messages": [{"role": "user", "content": "Where is my order 4512?"}]}'
+                   -d '{"model": "support", "messages": [{"role": "user", "content": "Where is my order 4512?"}]}'
   Ray dashboard  $RAY_DASHBOARD (token: cat .rayloop/token)
   MLflow         .venv/bin/mlflow ui --backend-store-uri sqlite:///$store/mlflow.db --port 5000
   Metrics        $RAYLOOP_METRICS

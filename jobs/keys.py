@@ -52,8 +52,11 @@ def _list(storage: Storage, options: argparse.Namespace) -> Sequence[StoredKey]:
     ring = keys.read(storage)
     found = ring.keys if ring else ()
     rows = [
-        ("id", "name", "scopes", "state", "expires"),
-        *((key.id, key.name, ",".join(key.scopes), key.state(_now()), key.expires_at or "never") for key in found),
+        ("id", "name", "scopes", "state", "expires", "requests/min", "tokens/min"),
+        *(
+            (key.id, key.name, ",".join(key.scopes), key.state(_now()), key.expires_at or "never", *_limits(key))
+            for key in found
+        ),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -85,6 +88,11 @@ def _span(option: str, value: float, unit_s: float) -> datetime.timedelta:
     if not 0 <= value * unit_s <= MOST_S:
         raise ConfigError(f"{option} {value:g} cannot be", f"give 0 to {MOST_S / unit_s:.0f}")
     return datetime.timedelta(seconds=value * unit_s)
+
+
+def _limits(key: StoredKey) -> tuple[str, str]:
+    """As they are listed; one that the key has none of is the configuration's."""
+    return str(key.requests_per_minute or "default"), str(key.tokens_per_minute or "default")
 
 
 def _show(made: str) -> None:

@@ -112,8 +112,10 @@ class Access:
         # Every key is tried, whichever matches, and whatever the scheme is.
         matching = [key for key in self._ring.keys if key.matches(given.strip())]
         if scheme.lower() != "bearer" or not matching:
-            what = "is not known here" if authorization else "is missing"
-            raise RequestError(401, f"the API key {what}: send it as `Authorization: Bearer <key>`", "invalid_api_key")
+            what = "the API key is not known here: check it, or ask for a new one"
+            if scheme.lower() != "bearer":
+                what = "the API key is missing: send it as `Authorization: Bearer <key>`"
+            raise RequestError(401, what, "invalid_api_key")
         at = _now()
         states = {key.state(at): key for key in matching}
         if "active" not in states:

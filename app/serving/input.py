@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.errors import RequestError
 from app.serving import limits
-from app.serving.access import Access
+from app.serving.access import Access, scope_of
 from app.serving.answer import Answer
 from app.serving.answering import Answering
 from app.serving.bodies import ChatCompletionBody
@@ -392,6 +392,8 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
         response.headers.update(error.headers or {})
         return response
     what = f"there is no {path} here" if error.status_code == 404 else str(error.detail)
+    if error.status_code == 404 and scope_of(f"/v1{path}") != "admin":  # a route that is listed
+        what += f"; did you mean /v1{path}?"
     return error_response(error.status_code, what, "not_found" if error.status_code == 404 else None)
 
 

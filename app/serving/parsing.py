@@ -4,8 +4,11 @@ No field is ever ignored in silence. What this service does not support is accep
 for nothing (`"store": false`, `"functions": []`), and refused otherwise.
 """
 
+import difflib
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -41,6 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "suffix": (),
 }
+_TOO_FEW = re.compile(r"\w+ should have (at (?:least|most) \d+) items? after validation, not (\d+)")
 
 
 def _check_counts(fields: dict[str, Any], config: ServingConfig | None) -> None:
@@ -77,10 +81,11 @@ def parsed(kind: type[BodyType], body: bytes, config: ServingConfig | None = Non
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False, include_input=False)[0]) from None
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _refusal(first, list(kind.model_fields)) from None
 
 
-def _refusal(problem: ErrorDetails) -> RequestError:
+def _refusal(problem: ErrorDetails, known: Sequence[str]) -> RequestError:
     """The first problem in OpenAI's terms, such as `messages[0].content` is missing."""
     param = ""
     for part in problem["loc"]:
@@ -94,10 +99,13 @@ def _refusal(problem: ErrorDetails) -> RequestError:
             break  # the rest tells apart the types that a field may have
     param = param[:MAX_TOLD_CHARS]
     if problem["type"] == "extra_forbidden":
-        return RequestError(400, f"{param} is not a known field", "unknown_parameter", param)
+        near = difflib.get_close_matches(param, known, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return RequestError(400, f"{param} is not a known field{hint}", "unknown_parameter", param)
     if problem["type"] == "missing":
         return RequestError(400, f"{param} is missing", "missing_required_parameter", param)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = _TOO_FEW.sub(r"must have \1, has \2", message)
     return RequestError(400, f"{param}: {message}", "invalid_value", param)
 
 

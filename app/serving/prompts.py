@@ -151,7 +151,7 @@ class Prompts:
             return Refused(400, what, "invalid_value", field)
         if len(ids) + (wanted or 1) <= self.context_tokens:
             return None
-        reply = f" and {wanted} of the reply" if wanted else ""
+        reply = f", and the reply may take {wanted}" if wanted else ""
         return Refused(
             400,
             f"the context holds {self.context_tokens} tokens, but {field} takes {len(ids)}{reply}: "

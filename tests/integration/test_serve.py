@@ -234,6 +234,14 @@ def test_every_refusal_has_openais_shape(
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
+def test_a_forgotten_v1_is_told(http: httpx.Client) -> None:
+    told = {path: http.post(path, json={}).json()["error"]["message"] for path in ("/chat/completions", "/chat")}
+    assert told == {
+        "/chat/completions": "there is no /chat/completions here; did you mean /v1/chat/completions?",
+        "/chat": "there is no /chat here",
+    }
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [

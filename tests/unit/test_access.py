@@ -172,6 +172,9 @@ def test_a_key_opens_what_it_has_the_scope_for_and_is_told_what_it_lacks(storage
     assert (told.value.status, told.value.code) == (403, "insufficient_scope")
     with pytest.raises(RequestError, match="is not known here"):
         access.check("/v1/feedback", f"Bearer {made}x")
+    for not_sent in (None, made, f"Basic {made}"):
+        with pytest.raises(RequestError, match="is missing: send it as `Authorization: Bearer <key>`"):
+            access.check("/v1/feedback", not_sent)
 
 
 def refused(access: Access, made: str) -> str:

@@ -286,3 +286,16 @@ def test_all_schemas_of_a_request_together_have_a_limit() -> None:
     assert refused(tools=tools, tool_choice="required").param == "tools"
     assert "together they may have 65536" in str(refused(tools=tools))
     assert chat(tools=tools[:1]).tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"temprature": 1}, "temprature is not a known field; did you mean temperature?"),
+        ({"colour": "red"}, "colour is not a known field"),
+        ({"messages": []}, "messages: must have at least 1, has 0"),
+        ({"messages": [{**HELLO, "contents": "x"}]}, "messages[0].contents is not a known field"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence_that_helps(fields: dict[str, Any], sentence: str) -> None:
+    assert str(refused(**fields)) == sentence
