@@ -3,6 +3,7 @@
 python -m jobs.serve --config jobs/configs/demo.yaml
 """
 
+import json
 import os
 import sys
 from typing import Any
@@ -110,6 +111,8 @@ def run(config: Config, inputs: dict[str, Any]) -> Outcome:
     if key := ensure_key(Storage(settings.storage_uri)):
         print(f"An API key was made. It is shown this once and kept only as a hash:\n\n    {key}\n", flush=True)
     wanted = application(config, inputs, package_code(Storage(config.storage.uri)))
+    for change in changes(_running(config), wanted):
+        print(f"changes {change}", flush=True)
     address = {"host": settings.host, "port": settings.port}
     seconds = deploy(wanted, address, settings.deploy_timeout_s)
     url = f"http://{settings.host}:{settings.port}"
@@ -145,14 +148,47 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def still_there(config: Config, outputs: dict[str, Any]) -> bool:
-    """Whether the application runs exactly as it was deployed."""
+def changes(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+    """What one deployment takes the place of in another, a setting a line; nothing where none runs yet."""
+    if before is None:
+        return []
+    old, new = _settings(before), _settings(after)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}" for name in names]
+
+
+def _settings(application: dict[str, Any]) -> dict[str, Any]:
+    """Each setting by its name, such as serving.variants.champion.version; and where the code is."""
+    found: dict[str, Any] = {}
+
+    def note(name: str, value: Any) -> None:
+        if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
+            value = {one["name"]: one for one in value}
+        if isinstance(value, dict):
+            for key, one in value.items():
+                note(f"{name}.{key}", one)
+        else:
+            found[name] = value
+
+    note("serving", application["args"])
+    for deployment in application["deployments"]:
+        note("serving", deployment["user_config"])
+    return found | {"code": application["runtime_env"]["working_dir"]}
+
+
+def _running(config: Config) -> dict[str, Any] | None:
+    """The application as it runs now; none where it does not, or nobody can say."""
     from app.deployment import deployed
 
     try:
-        running = deployed(config.serving.application)
+        return deployed(config.serving.application)
     except RayloopError:
-        return False
+        return None
+
+
+def still_there(config: Config, outputs: dict[str, Any]) -> bool:
+    """Whether the application runs exactly as it was deployed."""
+    running = _running(config)
     return running is not None and _fingerprint(running) == outputs["deployed"]
 
 

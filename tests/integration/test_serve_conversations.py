@@ -38,14 +38,14 @@ class Desk:
     settings: dict[str, Any]
 
     def configured(self, **changes: Any) -> dict[str, Any]:
-        """Deploy it anew with other settings, as `jobs.serve` does; returns the job's last line."""
+        """Deploy it anew with other settings, as `jobs.serve` does; returns the job's last line, and all of them."""
         config = self.service.config.with_name("desk.yaml")
         content = yaml.safe_load(self.service.config.read_text())
         config.write_text(yaml.safe_dump({**content, "serving": {**self.settings, **changes}}))
         command = [sys.executable, "-m", "jobs.serve", "--config", str(config)]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert run.returncode == 0, run.stdout + run.stderr
-        return dict(json.loads(run.stdout.splitlines()[-1]))
+        return dict(json.loads(run.stdout.splitlines()[-1]), printed=run.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,12 @@ def pids() -> set[int]:
 
 def test_settings_change_without_a_new_replica(client: openai.OpenAI, desk: Desk) -> None:
     before = pids()
-    desk.configured(system_prompt="Be kind.", handover={"min_reply_confidence": 0.0}, max_choices=2)
+    ended = desk.configured(system_prompt="Be kind.", handover={"min_reply_confidence": 0.0}, max_choices=2)
+    told = {line for line in ended["printed"] if line.startswith("changes ")}
+    assert told == {
+        "changes serving.max_choices: 8 -> 2", 'changes serving.system_prompt: "" -> "Be kind."',
+        "changes serving.handover.min_reply_confidence: 0.5 -> 0.0",
+    }  # fmt: skip
 
     def changed() -> bool:
         try:

@@ -52,6 +52,24 @@ def test_variants_are_looked_up_in_the_registry_where_they_name_no_folder(store:
         build_app(given.serving)
 
 
+def test_what_changes_is_told_a_setting_a_line(store: Path) -> None:
+    given = config(store)
+    other = given.with_overrides({"serving.requests_per_minute": 100})
+    before, after = (serve.application(each, serve.inputs(each), "file:///a.zip") for each in (given, other))
+    assert serve.changes(None, before) == []
+    assert serve.changes(before, before) == []
+    assert serve.changes(before, after) == ["serving.requests_per_minute: null -> 100"]
+    assert serve.changes(after, before) == ["serving.requests_per_minute: 100 -> null"]
+    one = given.model_copy(
+        update={"serving": given.serving.model_copy(update={"variants": given.serving.variants[:1]})}
+    )
+    moved = serve.application(one, serve.inputs(one), "file:///b.zip")
+    told = serve.changes(before, moved)
+    assert 'serving.variants.polite.version: "2" -> null' in told
+    assert 'code: "file:///a.zip" -> "file:///b.zip"' in told
+    assert not [line for line in told if ".base." in line]
+
+
 def test_a_plan_counts_the_bytes_of_adapters_alone(store: Path) -> None:
     given = config(store)
     reads = serve.plan(given, serve.inputs(given))["reads"]
