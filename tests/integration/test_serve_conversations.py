@@ -225,7 +225,7 @@ def test_settings_change_without_a_new_replica(client: openai.OpenAI, desk: Desk
     told = {line for line in ended["printed"] if line.startswith("changes ")}
     assert told == {
         "changes serving.max_choices: 8 -> 2", 'changes serving.system_prompt: "" -> "Be kind."',
-        "changes serving.handover.min_reply_confidence: 0.5 -> 0.0",
+        "changes serving.handover.min_reply_confidence: 0.95 -> 0.0",
     }  # fmt: skip
 
     def changed() -> bool:
