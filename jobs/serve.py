@@ -149,11 +149,20 @@ def plan(config: Config, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-    """What one deployment takes the place of in another, a setting a line; nothing where none runs yet."""
+    """What one deployment takes the place of in another, a setting a line; nothing where none runs yet.
+
+    Of a variant that comes or goes only the version is told.
+    """
     if before is None:
         return []
     old, new = _settings(before), _settings(after)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    sides = [{one["name"] for one in application["args"].get("variants", ())} for application in (before, after)]
+    moved = tuple(f"serving.{kind}.{one}." for one in sides[0] ^ sides[1] for kind in ("variants", "weights"))
+    names = [
+        name
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and (not f"{name}.".startswith(moved) or name.endswith(".version"))
+    ]
     return [f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}" for name in names]
 
 
@@ -170,10 +179,11 @@ def _settings(application: dict[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
 
+    # What runs may have been deployed by other means, such as serve.yaml, and say less.
     note("serving", application["args"])
-    for deployment in application["deployments"]:
-        note("serving", deployment["user_config"])
-    return found | {"code": application["runtime_env"]["working_dir"]}
+    for deployment in application.get("deployments") or ():
+        note("serving", deployment.get("user_config") or {})
+    return found | {"code": (application.get("runtime_env") or {}).get("working_dir")}
 
 
 def _running(config: Config) -> dict[str, Any] | None:
@@ -181,7 +191,8 @@ def _running(config: Config) -> dict[str, Any] | None:
     from app.deployment import deployed
 
     try:
-        return deployed(config.serving.application)
+        running = deployed(config.serving.application)
+        return running and {**running, "args": running.get("args") or {}}
     except RayloopError:
         return None
 
