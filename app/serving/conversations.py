@@ -71,7 +71,8 @@ class Conversations:
         try:
             content = json.loads(self._storage.read(*_FOLDER, name))
             age_s = time.time() - content["updated_at"]
-            found = Remembered(content["messages"], content["turns"])
+            # One that was begun before turns were counted goes on.
+            found = Remembered(content["messages"], content.get("turns", len(content["messages"])))
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{self._storage.uri(*_FOLDER, name)} is damaged ({error})", "remove it") from error
         return found if age_s <= self._ttl_s else Remembered([], 0)

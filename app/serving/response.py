@@ -118,12 +118,10 @@ class ResponseManagement:
             exchange = await asyncio.to_thread(traffic.find_exchange, self._storage, request.response_id)
             if exchange is None:
                 return _unknown(request.response_id, "response_id")
-            comment = request.comment
-            if comment and self._config.privacy.mask_log:
-                comment = Mask(self._detector, [comment]).text(comment)
-            intent = request.intent
-            if intent and self._config.privacy.mask_log:
-                intent = Mask(self._detector, [intent]).text(intent)
+            intent, comment = request.intent, request.comment
+            if self._config.privacy.mask_log:
+                mask = Mask(self._detector, [text for text in (intent, comment) if text])
+                intent, comment = (text and mask.text(text) for text in (intent, comment))
             feedback = Feedback(request.response_id, traffic.now(), request.rating, intent, comment)
             await asyncio.to_thread(self._log.append, feedback)
         except StorageError as error:

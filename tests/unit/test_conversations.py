@@ -1,5 +1,6 @@
 """What the service remembers of a conversation, and the queue of those that a person takes over."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_old_conversations_are_forgotten(store: str) -> None:
     said(conversations, Turn("shop", "c2", 0, (HELLO,)))
     assert conversations.forget_old() == 1
     assert conversations.remembered("shop", "c2").messages == [HELLO, HI]
+
+
+def test_one_that_was_begun_before_turns_were_counted_goes_on(store: str) -> None:
+    conversations = Conversations(Storage(store), 60)
+    said(conversations, Turn("shop", "c1", 0, (HELLO,)))
+    (file,) = Path(Storage(store).path("serving", "conversations")).glob("*.json")
+    file.write_text(json.dumps({"updated_at": time.time(), "messages": [HELLO, HI]}))
+    said(conversations, Turn("shop", "c1", conversations.remembered("shop", "c1").turns, (HELLO,)))
+    assert conversations.remembered("shop", "c1").messages == [HELLO, HI, HELLO, HI]
 
 
 def test_a_damaged_conversation_is_said_so(store: str) -> None:
